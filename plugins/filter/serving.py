@@ -1,0 +1,88 @@
+# Copyright: llmfleet developers
+# GNU General Public License v3.0+ (see LICENSE)
+"""Filters of the roles and playbooks: the inventory's models checked and turned into instances and backends."""
+
+from __future__ import annotations
+
+import difflib
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ansible_collections.llmfleet.serving.plugins.module_utils import _models
+
+
+def model_problems(models: Sequence[Mapping[str, Any]], port: int) -> list[str]:
+    problems = _models.model_problems(models, int(port), lambda path: Path(path).is_file())
+    if any(model.get("copy") for model in models) and not shutil.which("rsync"):
+        problems.append("vllm_models has a model with copy: true, but the controller has no rsync: install it there.")
+    return problems
+
+
+def folder_bytes(folder: str) -> int:
+    """Bytes of all files below a folder of the controller."""
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
+def disk_needs(
+    found: Sequence[Mapping[str, Any]], host: Mapping[str, Any], root: str, install_bytes: int
+) -> dict[str, int]:
+    """Bytes that a run will write below each folder: vLLM where there is none yet, and models still to be copied."""
+    copies = [instance for instance in found if instance["copy_from"]]
+    return {
+        root: install_bytes,
+        _models.MODELS_DIR: sum(
+            folder_bytes(instance["copy_from"])
+            for instance in copies
+            if host["files"].get(f"{instance['path']}/config.json") is None
+        ),
+    }
+
+
+def known_variables() -> set[str]:
+    """Every variable that a role's argument_specs declares, and the few that belong to no role or that roles set."""
+    known = {"serving_secrets_dir", "vllm_instances", "nginx_endpoint"}
+    for path in (Path(__file__).parents[2] / "roles").glob("*/meta/argument_specs.yml"):
+        for entry in yaml.safe_load(path.read_text(encoding="utf-8"))["argument_specs"].values():
+            known.update(entry.get("options", {}))
+    return known
+
+
+def unknown_variables(names: Iterable[str]) -> list[str]:
+    """One line for each name that has a role's prefix and is none of its variables, with the nearest one that is."""
+    known = known_variables()
+    found = []
+    for name in sorted(set(names) - known):
+        near = difflib.get_close_matches(name, known, n=1)
+        remedy = f"do you mean {near[0]}?" if near else "rename it, or take it out."
+        found.append(f"{name} is no variable of this collection: {remedy}")
+    return found
+
+
+def backends(engines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What nginx_backends takes, from the ``vllm_instances`` of all engines: an entry a model, with its replicas."""
+    servers: dict[str, list[str]] = {}
+    for engine in engines:
+        for instance in engine.get("vllm_instances", []):
+            host = f"[{instance['host']}]" if ":" in instance["host"] else instance["host"]
+            servers.setdefault(instance["model"], []).append(f"{host}:{instance['port']}")
+    return [{"model": model, "servers": found} for model, found in servers.items()]
+
+
+class FilterModule:
+    def filters(self) -> dict[str, Any]:
+        return {
+            "backends": backends,
+            "client_problems": _models.client_problems,
+            "disk_needs": disk_needs,
+            "endpoints": _models.endpoints,
+            "host_problems": _models.host_problems,
+            "instances": _models.instances,
+            "model_problems": model_problems,
+            "probes": _models.probes,
+            "unknown_variables": unknown_variables,
+            "version_findings": _models.version_findings,
+            "watched": _models.watched,
+        }

@@ -1,0 +1,141 @@
+#!/usr/bin/python
+# Copyright: llmfleet developers
+# GNU General Public License v3.0+ (see LICENSE)
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: vllm_instances
+author: llmfleet developers
+version_added: 1.0.0
+short_description: Run exactly the declared vLLM instances, each from the newest state of its files
+description:
+  - Starts, restarts and enables the units C(vllm@<name>.service) that are declared, and takes away those that are not.
+  - An instance is restarted when a file that it runs from has changed since its process began. This is read from the
+    host, not from the run's handlers, so a run that was cut short is mended by the next one.
+  - Does not wait until a model is loaded; M(llmfleet.serving.vllm_ready) does.
+extends_documentation_fragment:
+  - llmfleet.serving.attributes
+options:
+  instances:
+    description: The instances that this host runs.
+    type: list
+    elements: dict
+    required: true
+    suboptions:
+      name:
+        description: Name of the model, and of the systemd instance.
+        type: str
+        required: true
+      paths:
+        description: Files and folders that the instance runs from. A change of any of them restarts it.
+        type: list
+        elements: path
+        required: true
+  config_dir:
+    description: Where C(<name>.yaml) and C(<name>.env) of the instances lie.
+    type: path
+    default: /etc/vllm
+"""
+
+EXAMPLES = r"""
+- name: Run one model
+  llmfleet.serving.vllm_instances:
+    instances:
+      - name: qwen
+        paths: [/etc/vllm/qwen.yaml, /etc/vllm/qwen.env, /etc/systemd/system/vllm@.service]
+"""
+
+RETURN = r"""
+steps:
+  description: What was done, or in check mode would be done, in this order.
+  returned: always
+  type: list
+  elements: dict
+  contains:
+    name:
+      description: The instance.
+      type: str
+      sample: qwen
+    action:
+      description: One of V(start), V(restart), V(enable), V(remove).
+      type: str
+      sample: restart
+    why:
+      description: The reason, for the operator.
+      type: str
+      sample: its files are newer than its process
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.llmfleet.serving.plugins.module_utils._instances import UNIT, Step, steps, unit_name
+from ansible_collections.llmfleet.serving.plugins.module_utils._systemd import show
+
+WANTS = Path("/etc/systemd/system/multi-user.target.wants")
+
+
+def newest_change(paths: list[str]) -> float:
+    """When the newest of these came to be as it is; a ctime cannot be set back as an mtime can, by rsync for one."""
+    return max((Path(path).lstat().st_ctime for path in paths if Path(path).exists()), default=0.0)
+
+
+def present(config_dir: Path) -> set[str]:
+    enabled = {match["name"] for path in WANTS.glob("vllm@*.service") if (match := UNIT.fullmatch(path.name))}
+    return enabled | {path.stem for path in config_dir.glob("*.yaml")}
+
+
+def carry_out(module: AnsibleModule, plan: list[Step], config_dir: Path) -> None:
+    def names(action: str) -> list[str]:
+        return [step.name for step in plan if step.action == action]
+
+    def systemctl(*command: str) -> None:
+        if len(command) == 1:
+            return
+        code, _, error = module.run_command(["systemctl", *command])
+        if code:
+            module.fail_json(msg=f"systemctl {' '.join(command)}: {error.strip()}")
+
+    if removed := names("remove"):
+        systemctl("disable", "--now", *map(unit_name, removed))
+        for name in removed:
+            (config_dir / f"{name}.yaml").unlink(missing_ok=True)
+            (config_dir / f"{name}.env").unlink(missing_ok=True)
+    module.run_command(["systemctl", "daemon-reload"], check_rc=True)
+    if started := [unit_name(name) for name in names("start")]:
+        module.run_command(["systemctl", "reset-failed", *started])
+        systemctl("start", *started)
+    if restarted := [unit_name(name) for name in names("restart")]:
+        systemctl("restart", *restarted)
+    if enabled := [unit_name(name) for name in names("enable")]:
+        systemctl("enable", *enabled)
+
+
+def main() -> None:
+    instance = {
+        "name": {"type": "str", "required": True},
+        "paths": {"type": "list", "elements": "path", "required": True},
+    }
+    module = AnsibleModule(
+        argument_spec={
+            "instances": {"type": "list", "elements": "dict", "required": True, "options": instance},
+            "config_dir": {"type": "path", "default": "/etc/vllm"},
+        },
+        supports_check_mode=True,
+    )
+    config_dir = Path(module.params["config_dir"])
+    wanted = {item["name"]: newest_change(item["paths"]) for item in module.params["instances"]}
+    plan = steps(wanted, show(module.run_command, wanted), present(config_dir))
+    if plan and not module.check_mode:
+        carry_out(module, plan, config_dir)
+    lines = [f"{step.action} {unit_name(step.name)}: {step.why}\n" for step in plan]
+    module.exit_json(
+        changed=bool(plan),
+        steps=[asdict(step) for step in plan],
+        diff={"before": "", "after": "".join(lines)},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,7 @@ options:
   folder:
     description:
       - The secrets folder on the controller. It is made with mode V(0700).
-      - By default the folder C(secrets) beside the inventory.
+      - By default the folder C(.secrets) beside the inventory. Ansible would read one without the dot as a part of it.
     type: path
     vars:
       - name: serving_secrets_dir
@@ -73,7 +73,7 @@ class LookupModule(LookupBase):
                 "llmfleet.serving.secret: the inventory has no folder of its own to keep secrets beside; "
                 "set serving_secrets_dir to a folder on the controller"
             )
-        return Path(str(variables["inventory_dir"])) / "secrets"
+        return Path(str(variables["inventory_dir"])) / ".secrets"
 
     def _secret(self, folder: Path, name: str, check_mode: bool) -> str:
         if not NAME.fullmatch(name):

@@ -55,6 +55,11 @@ taken_ports:
   returned: always
   type: dict
   sample: {"8000": prometheus}
+system:
+  description: Name and version of the distribution, as C(ID) and C(VERSION_ID) of os-release have them.
+  returned: always
+  type: str
+  sample: debian 12
 nvidia_driver_version:
   description: Version of the loaded NVIDIA kernel module, or null.
   returned: always
@@ -120,6 +125,11 @@ def nvidia_driver_version() -> str | None:
     return match[1] if match else None
 
 
+def system() -> str:
+    values = dict(re.findall(r'^(ID|VERSION_ID)="?([^"\n]*)', content(Path("/etc/os-release")) or "", re.MULTILINE))
+    return f"{values.get('ID', 'unknown')} {values.get('VERSION_ID', '')}".strip()
+
+
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
@@ -134,6 +144,7 @@ def main() -> None:
         disks={path: disk(Path(path)) for path in module.params["paths"]},
         files={path: content(Path(path)) for path in module.params["files"]},
         taken_ports=taken_ports(module.params["ports"]),
+        system=system(),
         nvidia_driver_version=nvidia_driver_version(),
     )
 

@@ -15,6 +15,7 @@ description:
   - Does not wait until a model is loaded; M(llmfleet.serving.vllm_ready) does.
 extends_documentation_fragment:
   - llmfleet.serving.attributes
+  - llmfleet.serving.attributes.state
 options:
   instances:
     description: The instances that this host runs.

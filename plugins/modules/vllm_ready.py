@@ -15,6 +15,7 @@ description:
   - Reads each instance's key on the host, so that none passes through Ansible.
 extends_documentation_fragment:
   - llmfleet.serving.attributes
+  - llmfleet.serving.attributes.info
 options:
   instances:
     description: The instances to wait for.

@@ -1,0 +1,203 @@
+"""One Debian 12 host after check, converge and idempotence. Each test takes over what the one before has left."""
+
+from __future__ import annotations
+
+import shlex
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support
+
+ADDRESS = "10.77.2.11"
+UNIT = "vllm@tiny.service"
+
+
+@pytest.fixture(scope="module")
+def models(host: Any) -> dict[str, Any]:
+    tiny = host.ansible.get_variables()["vllm_models"][0]
+    folder = Path(support.os.environ["MOLECULE_EPHEMERAL_DIRECTORY"]) / "models"
+    tiny = {**tiny, "source": str(folder / "tiny")}
+    return {"tiny": tiny, "second": {**tiny, "name": "second", "source": str(folder / "second")}}
+
+
+def main_pid(host: Any) -> int:
+    return int(host.check_output(f"systemctl show --property MainPID --value {UNIT}"))
+
+
+def test_engine_runs_unprivileged(host: Any) -> None:
+    assert host.service(UNIT).is_running
+    assert host.service(UNIT).is_enabled
+    assert host.process.get(pid=main_pid(host)).user == "vllm"
+
+
+def test_only_ssh_http_and_https_are_open(host: Any) -> None:
+    assert support.listeners(host) == {22, 80, 443}
+
+
+@pytest.mark.parametrize("address", [ADDRESS, "fd77:2::11"])
+def test_openai_client_gets_a_stream(address: str) -> None:
+    with support.client(address) as api:
+        assert [model.id for model in api.models.list()] == ["tiny"]
+        pieces = support.stream(api, "tiny", 64)
+    times = [time for time, _ in pieces]
+    assert len(pieces) >= 60
+    assert times[-1] - times[0] > 0.3 * times[-1], "the answer came in one burst"
+
+
+def test_no_key_is_to_be_seen(host: Any) -> None:
+    keys = [support.secret("api_key"), support.secret("vllm_api_key")]
+    seen = {
+        "the output of a run with -vvv": support.apply("site", "-vvv", "--diff").output,
+        "the arguments of processes": host.check_output("ps -eo args"),
+        "the journal": host.check_output("journalctl --no-pager --output=export | strings"),
+        "files that everybody can read": host.check_output(
+            f"find /etc /opt/vllm /opt/uv /run /tmp /var -xdev -type f -perm -o+r -size -10M "
+            f"-exec grep -lF -e {shlex.quote(keys[0])} -e {shlex.quote(keys[1])} {{}} + || true"
+        ),
+    }
+    assert [place for place, text in seen.items() if any(key in text for key in keys)] == []
+    assert seen["files that everybody can read"] == ""
+
+
+def test_confinement(host: Any) -> None:
+    scores = {unit: support.exposure(host, unit) for unit in (UNIT, "nginx.service")}
+    print("systemd-analyze security:", scores)
+    assert scores[UNIT] < 2
+    assert scores["nginx.service"] < 3
+
+
+def test_sigkill_is_survived(host: Any) -> None:
+    before = main_pid(host)
+    host.check_output(f"kill -KILL {before}")
+    support.wait_until(lambda: main_pid(host) not in (0, before), 30)
+    support.wait_until(lambda: host.run("curl -sf http://127.0.0.1:8000/health").succeeded, 180)
+
+
+def test_stop_lets_a_running_stream_end(host: Any) -> None:
+    pieces: list[tuple[float, str]] = []
+
+    def consume() -> None:
+        with support.client(ADDRESS) as api:
+            pieces.extend(support.stream(api, "tiny", 1500))
+
+    reader = threading.Thread(target=consume)
+    reader.start()
+    support.wait_until(lambda: "num_requests_running" in running(host) and not running(host).endswith(" 0.0"), 30)
+    host.check_output(f"systemctl stop {UNIT}")
+    reader.join(60)
+    host.check_output(f"systemctl start {UNIT}")
+    assert len(pieces) >= 1490
+
+
+def running(host: Any) -> str:
+    return host.check_output(
+        "curl -s http://127.0.0.1:8000/metrics | grep '^vllm:num_requests_running' || true"
+    ).strip()
+
+
+def test_second_model(host: Any, models: dict[str, Any]) -> None:
+    both = {"vllm_models": [models["tiny"], models["second"]]}
+    before = main_pid(host)
+    assert support.apply("site", variables=both).total("changed") > 0
+    assert main_pid(host) == before, "adding a model has restarted the other one"
+    assert support.apply("site", variables=both).total("changed") == 0
+    with support.client(ADDRESS) as api:
+        assert {model.id for model in api.models.list()} == {"tiny", "second"}
+        for model in ("tiny", "second"):
+            assert len(support.stream(api, model, 32)) >= 30
+    assert support.apply("site").total("changed") > 0
+    assert not host.service("vllm@second.service").is_running
+    assert not host.file("/etc/vllm/second.yaml").exists
+    assert not host.file("/etc/vllm/second.env").exists
+
+
+BAD_INPUT = {
+    "a misspelled variable": ({"vllm_verison": "0.32.0"}, "do you mean vllm_version?"),
+    "a wrong type": ({"vllm_shutdown_timeout": "soon"}, "vllm_shutdown_timeout"),
+    "a version with a known hole": ({"vllm_version": "0.21.0"}, "CVE-2026-48746"),
+    "a port that sshd has": ({"vllm_models": [{"name": "a", "source": "o/m", "port": 22}]}, "port is 22"),
+    "a port twice": (
+        {"vllm_models": [{"name": n, "source": "o/m", "port": 8000} for n in "ab"]},
+        "vllm_models[1].port is 8000, as is vllm_models[0].port",
+    ),
+    "a name twice": ({"vllm_models": [{"name": "a", "source": "o/m"}] * 2}, "vllm_models[1].name is 'a', as is"),
+    "a folder that is no model": (
+        {"vllm_models": [{"name": "a", "source": "/srv/nothing"}]},
+        "this host has no /srv/nothing/config.json",
+    ),
+    "a folder on the controller that is no model": (
+        {"vllm_models": [{"name": "a", "source": "/srv/nothing", "copy": True}]},
+        "the controller has no /srv/nothing/config.json",
+    ),
+    "an unknown key of a model": ({"vllm_models": [{"name": "a", "source": "o/m", "contxt": 1}]}, "contxt"),
+    "too little disk": ({"vllm_version": "0.31.0", "vllm_required_free_bytes": 2**60}, "need 1073741824.0 GiB"),
+    "no driver": ({"vllm_platform": "cuda"}, "no NVIDIA driver is loaded"),
+    "no server name": ({"nginx_server_name": ""}, "nginx_server_name"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_refused_before_anything_is_changed(case: str) -> None:
+    variables, message = BAD_INPUT[case]
+    run = support.play("site", variables=variables)
+    assert run.code != 0
+    assert message in " ".join(run.output.split())
+    assert run.total("changed") == 0
+
+
+def test_flag_that_vllm_does_not_know_leaves_the_service_as_it_is(host: Any, models: dict[str, Any]) -> None:
+    before = main_pid(host)
+    wrong = {**models["tiny"], "flags": {"max_modle_len": 1}}
+    run = support.play("site", variables={"vllm_models": [wrong]})
+    assert run.code != 0
+    assert "max-modle-len" in run.output
+    assert main_pid(host) == before
+    assert support.apply("site").total("changed") == 0
+
+
+def test_run_cut_short_while_it_installs(host: Any) -> None:
+    host.check_output(f"systemctl stop {UNIT} && rm -rf /opt/vllm/0.32.0")
+    with support.cut_short(lambda: host.run("pgrep -f 'uv pip install'").succeeded, 120):
+        host.run("pkill -KILL -f 'uv pip install'")
+    assert not host.file("/opt/vllm/0.32.0/recipe.txt").exists
+    support.apply("site")
+    assert support.apply("site").total("changed") == 0
+
+
+def test_run_cut_short_while_it_copies_a_model(host: Any) -> None:
+    weights = "/var/lib/vllm/models/tiny/model.safetensors"
+    host.check_output(f"systemctl stop {UNIT} && truncate --size 1000 {weights}")
+    support.apply("site")
+    assert host.file(weights).size > 100_000
+    assert support.apply("site").total("changed") == 0
+
+
+def test_run_cut_short_while_it_starts_a_model(host: Any) -> None:
+    host.check_output(f"systemctl stop {UNIT}")
+    with support.cut_short(lambda: main_pid(host) != 0, 60):
+        pass
+    assert support.apply("site").total("changed") == 0
+
+
+def test_changed_files_restart_the_instance_though_their_run_was_cut_short(host: Any) -> None:
+    before = main_pid(host)
+    host.check_output("sed -i 's/max-num-seqs: 8/max-num-seqs: 4/' /etc/vllm/tiny.yaml")
+    support.apply("site")
+    assert main_pid(host) != before
+    assert host.file("/etc/vllm/tiny.yaml").contains("max-num-seqs: 8")
+
+
+def test_remove_leaves_nothing(host: Any) -> None:
+    support.apply("remove")
+    for path in ("/etc/vllm", "/opt/vllm", "/opt/uv", "/var/cache/vllm", "/etc/systemd/system/vllm@.service"):
+        assert not host.file(path).exists, path
+    assert host.file("/var/lib/vllm/models/tiny/config.json").exists, "models are kept unless it is asked for"
+    assert not host.user("vllm").exists
+    assert not support.listeners(host) & {443, 8000}
+    assert (
+        host.check_output("find / -xdev -iname '*llmfleet*' -not -path '/proc/*' -not -path '/opt/llmfleet-demo'") == ""
+    )
+    support.apply("remove", variables={"vllm_remove_models": True})
+    assert not host.file("/var/lib/vllm").exists

@@ -1,0 +1,137 @@
+# Copyright: llmfleet developers
+# GNU General Public License v3.0+ (see LICENSE)
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+name: nginx_problems
+author: llmfleet developers
+version_added: 1.0.0
+short_description: What is wrong with the variables of the role nginx
+description: Checks what an argument spec cannot say. Never returns a part of a key.
+options:
+  _input:
+    description:
+      - The role's variables by name.
+      - As C(name), what P(llmfleet.serving.nginx_name#filter) says of C(nginx_server_name).
+    type: dict
+    required: true
+"""
+
+EXAMPLES = r"""
+- name: Refuse wrong variables
+  ansible.builtin.assert:
+    that: problems | length == 0
+    fail_msg: "{{ problems }}"
+  vars:
+    problems: "{{ settings | llmfleet.serving.nginx_problems }}"
+"""
+
+RETURN = r"""
+_value:
+  description: One sentence for each problem, with the variable, the value unless it is secret, and the remedy.
+  type: list
+  elements: str
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+KEY = re.compile(r"[A-Za-z0-9._~+/=-]+")  # RFC 6750's b64token, which needs no quoting in nginx
+KEY_MIN_LENGTH = 20
+MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
+SERVER = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?):([0-9]{1,5})")
+PATH = re.compile(r"(/[A-Za-z0-9_.~-]+)+")
+SIZE = re.compile(r"[1-9][0-9]*[kKmM]?")
+MAX_PORT = 65535
+
+
+def nginx_problems(settings: dict[str, Any]) -> list[str]:
+    return [
+        *_name(settings),
+        *_backends(settings["nginx_backends"]),
+        *_keys(settings),
+        *_ports(settings),
+        *_rest(settings),
+    ]
+
+
+def _name(settings: dict[str, Any]) -> Iterator[str]:
+    if not settings["nginx_server_name"]:
+        yield "nginx_server_name is not set: set it to the public DNS name (or the IP address) that clients use."
+    elif not settings["name"]:
+        yield (
+            f"nginx_server_name is {settings['nginx_server_name']!r}: "
+            "use a DNS name or an IP literal, without scheme, port or brackets."
+        )
+
+
+def _backends(backends: list[dict[str, Any]]) -> Iterator[str]:
+    if not backends:
+        yield "nginx_backends is empty: name at least one model with its servers."
+    seen: set[str] = set()
+    for backend in backends:
+        model = backend["model"]
+        if not MODEL.fullmatch(model):
+            yield (
+                f"nginx_backends has a model {model!r}: "
+                "use at most 128 of A-Z a-z 0-9 . _ : / -, beginning with a letter or digit."
+            )
+        if model in seen:
+            yield f"nginx_backends has the model {model!r} twice: put all its servers into one entry."
+        seen.add(model)
+        if not backend["servers"]:
+            yield f"nginx_backends has no servers for the model {model!r}: name at least one, or remove the model."
+        for server in backend["servers"]:
+            match = SERVER.fullmatch(server)
+            if not match or not 0 < int(match[3]) <= MAX_PORT:
+                yield (
+                    f"nginx_backends has a server {server!r} for the model {model!r}: "
+                    "write host:port or [address]:port."
+                )
+
+
+def _keys(settings: dict[str, Any]) -> Iterator[str]:
+    if not settings["nginx_api_keys"]:
+        yield "nginx_api_keys is empty: list at least one key, or remove the variable to have one generated."
+    named = [(f"nginx_api_keys[{index}]", key) for index, key in enumerate(settings["nginx_api_keys"])]
+    for where, key in [*named, ("nginx_backend_key", settings["nginx_backend_key"])]:
+        if not KEY.fullmatch(key):
+            yield f"{where} is empty or has a character that is not one of A-Z a-z 0-9 . _ ~ + / = -: make another key."
+        elif len(key) < KEY_MIN_LENGTH:
+            yield f"{where} has {len(key)} characters: make a key of at least {KEY_MIN_LENGTH}."
+
+
+def _ports(settings: dict[str, Any]) -> Iterator[str]:
+    names = ("nginx_http_port", "nginx_https_port")
+    for name in names:
+        if not 0 < settings[name] <= MAX_PORT:
+            yield f"{name} is {settings[name]}: use a port from 1 to {MAX_PORT}."
+    if settings[names[0]] == settings[names[1]]:
+        yield f"{names[0]} and {names[1]} are both {settings[names[0]]}: use two ports."
+
+
+def _rest(settings: dict[str, Any]) -> Iterator[str]:
+    paths = settings["nginx_allowed_paths"]
+    if not paths:
+        yield "nginx_allowed_paths is empty: list at least one path, or remove the variable."
+    for path in paths:
+        if not PATH.fullmatch(path) or {".", ".."} & set(path.split("/")):
+            yield (
+                f"nginx_allowed_paths has {path!r}: "
+                "write it as /v1/models, of A-Z a-z 0-9 _ . ~ - and without a slash at its end."
+            )
+    if len(set(paths)) < len(paths):
+        yield "nginx_allowed_paths has a path twice: list each once."
+    if not SIZE.fullmatch(settings["nginx_max_body_size"]):
+        yield (
+            f"nginx_max_body_size is {settings['nginx_max_body_size']!r}: "
+            "write a number of bytes, or one with k or m, as 16m."
+        )
+    if settings["nginx_read_timeout"] < 1:
+        yield f"nginx_read_timeout is {settings['nginx_read_timeout']}: use at least 1 second."
+
+
+class FilterModule:
+    def filters(self):
+        return {"nginx_problems": nginx_problems}

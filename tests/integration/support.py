@@ -1,0 +1,142 @@
+"""What the Molecule scenarios' tests share: running playbooks as a user would, and being a client of the service."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import OpenAI
+
+PROJECT = Path(os.environ["MOLECULE_PROJECT_DIRECTORY"])
+INVENTORY = Path(os.environ["MOLECULE_INVENTORY_FILE"]).parent
+NAME = "llm.example.test"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run of ansible-playbook."""
+
+    code: int
+    output: str
+    seconds: float
+
+    def total(self, what: str) -> int:
+        """A column of the recap, over all hosts."""
+        return sum(int(count) for count in re.findall(rf"\b{what}=(\d+)", self.output))
+
+    @property
+    def tasks(self) -> int:
+        return len(re.findall(r"^TASK \[", self.output, re.MULTILINE))
+
+
+def command(playbook: str, *arguments: str, variables: dict[str, Any] | None = None) -> list[str]:
+    extra = ["--extra-vars", json.dumps(variables)] if variables else []
+    return ["ansible-playbook", "--inventory", str(INVENTORY), *extra, *arguments, f"llmfleet.serving.{playbook}"]
+
+
+def play(playbook: str, *arguments: str, variables: dict[str, Any] | None = None) -> Run:
+    start = time.monotonic()
+    done = subprocess.run(
+        command(playbook, *arguments, variables=variables),
+        check=False,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=PROJECT,
+    )
+    return Run(done.returncode, done.stdout, time.monotonic() - start)
+
+
+def apply(playbook: str = "site", *arguments: str, variables: dict[str, Any] | None = None) -> Run:
+    """A run that must end well."""
+    run = play(playbook, *arguments, variables=variables)
+    assert run.code == 0, run.output
+    return run
+
+
+@contextmanager
+def cut_short(when: Callable[[], bool], seconds: float) -> Iterator[None]:
+    """Run site.yml and kill it, with all its processes on the controller, as soon as ``when`` is true."""
+    process = subprocess.Popen(
+        command("site"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=PROJECT, start_new_session=True
+    )
+    try:
+        wait_until(lambda: when() or process.poll() is not None, seconds)
+        assert process.poll() is None, "the run has ended before it could be cut short"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    yield
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.3)
+
+
+def secret(name: str) -> str:
+    return (INVENTORY / ".secrets" / name).read_text(encoding="utf-8").strip()
+
+
+@contextmanager
+def client(address: str) -> Iterator[OpenAI]:
+    """The OpenAI client, as an application would use it, with the service's name resolving to ``address``."""
+    ask = socket.getaddrinfo
+
+    def resolve(host: Any, *arguments: Any, **options: Any) -> Any:
+        name = host.decode() if isinstance(host, bytes) else host
+        return ask(address if name == NAME else host, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", resolve)
+        patch.setenv("SSL_CERT_FILE", str(INVENTORY / ".secrets" / "ca.crt"))
+        patch.delenv("SSL_CERT_DIR", raising=False)
+        yield OpenAI(base_url=f"https://{NAME}/v1", api_key=secret("api_key"), max_retries=0, timeout=120)
+
+
+def stream(api: OpenAI, model: str, tokens: int) -> list[tuple[float, str]]:
+    """When each piece of a streamed answer came, in seconds since the request, and what it was."""
+    start = time.monotonic()
+    chunks = api.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": "Say something."}],
+        max_tokens=tokens,
+        temperature=0.8,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    return [
+        (time.monotonic() - start, chunk.choices[0].delta.content)
+        for chunk in chunks
+        if chunk.choices and chunk.choices[0].delta.content
+    ]
+
+
+def exposure(host: Any, unit: str) -> float:
+    """systemd's own score of a unit's confinement: 0 is confined, 10 is not."""
+    line = host.check_output(f"systemd-analyze security --no-pager {unit} | tail -1")
+    return float(re.search(r"(\d+\.\d+)", line)[1])
+
+
+def listeners(host: Any) -> set[int]:
+    """Ports that are listened on by more than the loopback addresses."""
+    rows = (line.split() for line in host.check_output("ss -Hltn").splitlines())
+    return {
+        int(local.rpartition(":")[2])
+        for _, _, _, local, *_ in rows
+        if not local.startswith(("127.", "[::1]", "[::ffff:127."))
+    }

@@ -1,0 +1,213 @@
+# Copyright: llmfleet developers
+# GNU General Public License v3.0+ (see LICENSE)
+"""The filters: what they add to module_utils/_models, and that Ansible finds and documents each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ansible_collections.llmfleet.serving.plugins.filter import serving
+from hypothesis import given
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).parents[2]
+ROLES = sorted(path.name for path in (ROOT / "roles").iterdir())
+
+
+# --- what is read on the controller -------------------------------------------------------------------------
+
+
+def test_models_to_be_copied_are_looked_for_on_the_controller(tmp_path: Path) -> None:
+    model = {"name": "tiny", "source": str(tmp_path), "copy": True}
+    (found,) = serving.model_problems([model], "8000")
+    assert f"{tmp_path}/config.json" in found
+    (tmp_path / "config.json").write_text("{}")
+    assert serving.model_problems([model], 8000) == []
+
+
+def test_bytes_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "a").write_bytes(b"x" * 10)
+    (tmp_path / "below/b").write_bytes(b"x" * 32)
+    (tmp_path / "link").symlink_to("a")
+    (tmp_path / "broken").symlink_to("nowhere")
+    # A link counts as what it leads to: the hub's cache is made of links.
+    assert serving.folder_bytes(str(tmp_path)) == 52
+    assert serving.folder_bytes(str(tmp_path / "missing")) == 0
+
+
+def instance(name: str, copy_from: str = "") -> dict[str, Any]:
+    return {"name": name, "path": f"/var/lib/vllm/models/{name}", "copy_from": copy_from}
+
+
+def test_needs_are_what_is_not_there_yet(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(b"x" * 100)
+    found = [instance("hub"), instance("new", str(tmp_path)), instance("old", str(tmp_path))]
+    files = {"/var/lib/vllm/models/old/config.json": "{}", "/var/lib/vllm/models/new/config.json": None}
+    needs = {"/opt/vllm": 7, "/var/lib/vllm/models": 100}
+    assert serving.disk_needs(found, {"files": files}, "/opt/vllm", 7) == needs
+    assert serving.disk_needs([], {"files": {}}, "/opt/vllm", 0) == {"/opt/vllm": 0, "/var/lib/vllm/models": 0}
+
+
+# --- misspelled variables -----------------------------------------------------------------------------------
+
+
+def declared() -> set[str]:
+    options: set[str] = set()
+    for role in ROLES:
+        specs = yaml.safe_load((ROOT / f"roles/{role}/meta/argument_specs.yml").read_text())["argument_specs"]
+        options.update(*(entry["options"] for entry in specs.values()))
+    return options
+
+
+def test_every_variable_of_a_role_is_known() -> None:
+    assert declared() <= serving.known_variables()
+    assert serving.unknown_variables(declared()) == []
+
+
+@pytest.mark.parametrize("name", ["serving_secrets_dir", "vllm_instances"])
+def test_variables_that_roles_do_not_declare(name: str) -> None:
+    assert serving.unknown_variables([name]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("vllm_model", "vllm_model is no variable of this collection: do you mean vllm_models?"),
+        ("vllm_api_keys", "vllm_api_keys is no variable of this collection: do you mean vllm_api_key?"),
+        ("nginx_servername", "nginx_servername is no variable of this collection: do you mean nginx_server_name?"),
+        ("uv_zzzzzzzzzzzz", "uv_zzzzzzzzzzzz is no variable of this collection: rename it, or take it out."),
+    ],
+)
+def test_misspelled_variable_is_told_with_the_nearest(name: str, expected: str) -> None:
+    assert serving.unknown_variables(["vllm_port", name, "vllm_models"]) == [expected]
+
+
+def test_each_misspelled_variable_is_told_once_and_in_order() -> None:
+    found = serving.unknown_variables(["vllm_b", "vllm_a", "vllm_b"])
+    assert [line.split()[0] for line in found] == ["vllm_a", "vllm_b"]
+
+
+def test_demo_and_role_defaults_use_known_variables_only() -> None:
+    prefixes = tuple(f"{name}_" for name in [*ROLES, "serving"])
+    files = [*ROOT.glob("inventories/*/group_vars/**/*.yml"), *ROOT.glob("inventories/*/host_vars/**/*.yml")]
+    files += ROOT.glob("roles/*/defaults/main.yml")
+    names = [name for file in files for name in yaml.safe_load(file.read_text()) or {} if name.startswith(prefixes)]
+    assert names
+    assert serving.unknown_variables(names) == []
+
+
+# --- backends -----------------------------------------------------------------------------------------------
+
+
+def engine(*instances: tuple[str, str, int]) -> dict[str, Any]:
+    return {"vllm_instances": [{"model": model, "host": host, "port": port} for model, host, port in instances]}
+
+
+def test_replicas_of_a_model_stand_together() -> None:
+    engines = [
+        engine(("tiny", "10.0.0.1", 8000), ("big", "10.0.0.1", 8001)),
+        {"inventory_hostname": "not set up yet"},
+        engine(("big", "fd77::2", 8000)),
+        engine(),
+    ]
+    assert serving.backends(engines) == [
+        {"model": "tiny", "servers": ["10.0.0.1:8000"]},
+        {"model": "big", "servers": ["10.0.0.1:8001", "[fd77::2]:8000"]},
+    ]
+    assert serving.backends([]) == []
+
+
+hosts = st.sampled_from(["10.0.0.1", "10.0.0.2", "fd77::1"])
+some_engines = st.lists(
+    st.lists(st.tuples(st.sampled_from(["a", "b"]), hosts, st.integers(8000, 8002)), max_size=3, unique=True).map(
+        lambda instances: engine(*instances)
+    )
+)
+
+
+@given(some_engines)
+def test_each_instance_is_a_server_of_its_model_and_of_no_other(engines: list[dict[str, Any]]) -> None:
+    found = serving.backends(engines)
+    assert len({backend["model"] for backend in found}) == len(found)
+    given_instances = sorted(
+        (each["model"], each["host"], str(each["port"])) for engine in engines for each in engine["vllm_instances"]
+    )
+    assert given_instances == sorted(
+        (backend["model"], server.rpartition(":")[0].strip("[]"), server.rpartition(":")[2])
+        for backend in found
+        for server in backend["servers"]
+    )
+
+
+# --- as Ansible sees them -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", serving.FilterModule().filters())
+def test_filter_has_documentation_with_its_own_parameters(name: str) -> None:
+    doc = yaml.safe_load((ROOT / f"plugins/filter/{name}.yml").read_text())
+    assert set(doc) == {"DOCUMENTATION", "EXAMPLES", "RETURN"}
+    function = serving.FilterModule().filters()[name]
+    first, *others = function.__code__.co_varnames[: function.__code__.co_argcount]
+    assert first
+    documentation = doc["DOCUMENTATION"]
+    assert documentation["name"] == name
+    assert list(documentation["options"]) == ["_input", *others]
+    assert documentation.get("positional", "_input") == ", ".join(["_input", *others])
+    assert f"llmfleet.serving.{name}" in doc["EXAMPLES"]
+    assert yaml.safe_load(doc["EXAMPLES"])
+    assert set(doc["RETURN"]) == {"_value"}
+
+
+def test_no_documentation_without_a_filter() -> None:
+    sidecars = {path.stem for path in (ROOT / "plugins/filter").glob("*.yml")}
+    assert sidecars == set(serving.FilterModule().filters())
+
+
+def test_filters_run_in_templates(run_playbook: Any, tmp_path: Path) -> None:
+    """All of them, chained as in the roles, in one play."""
+    result = {
+        "instances": "{{ found | map(attribute='port') }}",
+        "endpoints": "{{ found | llmfleet.serving.endpoints | map(attribute='model') }}",
+        "probes": "{{ found | llmfleet.serving.probes | map(attribute='kind') }}",
+        "watched": "{{ found | llmfleet.serving.watched('/etc/vllm', ['/unit']) | map(attribute='name') }}",
+        "model_problems": "{{ models | llmfleet.serving.model_problems('8000') }}",
+        "disk_needs": "{{ found | llmfleet.serving.disk_needs(host, '/opt', 5) }}",
+        "host_problems": "{{ found | llmfleet.serving.host_problems(host, {'/opt': 5}, 'cuda') | length }}",
+        "client_problems": "{{ '127.0.0.1' | llmfleet.serving.client_problems(['10.0.0.1'], []) }}",
+        "version_findings": "{{ '0.32.0' | llmfleet.serving.version_findings([], []) }}",
+        "unknown_variables": "{{ ['vllm_model'] | llmfleet.serving.unknown_variables | length }}",
+        "backends": "{{ [{'vllm_instances': found | llmfleet.serving.endpoints}] | llmfleet.serving.backends }}",
+    }
+    variables = {
+        "models": [{"name": "a", "source": "org/a", "users": 4}, {"name": "b", "source": "/srv/b"}],
+        "found": "{{ models | llmfleet.serving.instances('127.0.0.1', 8000, 120) }}",
+        "host": {
+            "disks": {"/opt": {"free_bytes": 9, "device": 1}},
+            "files": {},
+            "taken_ports": {"8001": "x"},
+            "nvidia_driver_version": None,
+        },
+        "result": result,
+    }
+    task = {"ansible.builtin.copy": {"content": "{{ result | to_json }}", "dest": str(tmp_path / "result")}}
+    done = run_playbook([{"hosts": "all", "gather_facts": False, "vars": variables, "tasks": [task]}])
+    assert done.returncode == 0, done.stdout
+    assert set(result) == set(serving.FilterModule().filters())
+    assert json.loads((tmp_path / "result").read_text()) == {
+        "instances": [8000, 8001],
+        "endpoints": ["a", "b"],
+        "probes": ["completion", "completion"],
+        "watched": ["a", "b"],
+        "model_problems": [],
+        "disk_needs": {"/opt": 5, "/var/lib/vllm/models": 0},
+        "host_problems": 3,
+        "client_problems": [],
+        "version_findings": {"problems": [], "warnings": []},
+        "unknown_variables": 1,
+        "backends": [{"model": "a", "servers": ["127.0.0.1:8000"]}, {"model": "b", "servers": ["127.0.0.1:8001"]}],
+    }

@@ -1,0 +1,97 @@
+# Copyright: llmfleet developers
+# GNU General Public License v3.0+ (see LICENSE)
+"""The checks of the role nginx's variables, and how its public name is taken apart."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+
+nginx_name = importlib.import_module("ansible_collections.llmfleet.serving.plugins.filter.nginx_name").nginx_name
+nginx_problems = importlib.import_module(
+    "ansible_collections.llmfleet.serving.plugins.filter.nginx_problems"
+).nginx_problems
+
+SECRET = "0123456789-0123456789"
+
+
+def problems(**changes: Any) -> list[str]:
+    settings = {
+        "nginx_server_name": "gw.example.test",
+        "nginx_backends": [{"model": "org/tiny-1.5:chat", "servers": ["10.0.0.1:8000", "[fd77::1]:8000", "gpu-1:1"]}],
+        "nginx_api_keys": [SECRET],
+        "nginx_backend_key": SECRET,
+        "nginx_http_port": 80,
+        "nginx_https_port": 443,
+        "nginx_allowed_paths": ["/v1/models", "/v1/chat/completions"],
+        "nginx_max_body_size": "16m",
+        "nginx_read_timeout": 3600,
+        **changes,
+    }
+    return nginx_problems({"name": nginx_name(settings["nginx_server_name"]), **settings})
+
+
+@pytest.mark.parametrize(
+    ("name", "host", "san"),
+    [
+        ("GW.example.test", "gw.example.test", "DNS:gw.example.test"),
+        ("gateway", "gateway", "DNS:gateway"),
+        ("10.0.0.1", "10.0.0.1", "IP:10.0.0.1"),
+        ("FD77:0::1", "[fd77::1]", "IP:fd77::1"),
+    ],
+)
+def test_good_names(name: str, host: str, san: str) -> None:
+    assert nginx_name(name) == {"ip": san.startswith("IP"), "host": host, "san": san}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "https://a", "a:443", "[fd77::1]", "10.0.0.256", "-a.b", "a..b", "a.", "*.a", "fe80::1%eth0", "a" * 64],
+)
+def test_bad_names(name: str) -> None:
+    assert nginx_name(name) == {}
+    assert len(problems(nginx_server_name=name)) == 1
+
+
+def test_nothing_is_wrong() -> None:
+    assert problems() == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"nginx_backends": []}, "nginx_backends is empty"),
+        ({"nginx_backends": [{"model": "a", "servers": []}]}, "no servers for the model 'a'"),
+        ({"nginx_backends": [{"model": 'a"$', "servers": ["h:1"]}]}, "model 'a\"$'"),
+        ({"nginx_backends": [{"model": "a", "servers": ["h:1"]}] * 2}, "twice"),
+        ({"nginx_backends": [{"model": "a", "servers": ["h"]}]}, "'h'"),
+        ({"nginx_backends": [{"model": "a", "servers": ["h:65536"]}]}, "'h:65536'"),
+        ({"nginx_backends": [{"model": "a", "servers": ["fd77::1:8000;"]}]}, "[address]:port"),
+        ({"nginx_api_keys": []}, "nginx_api_keys is empty"),
+        ({"nginx_http_port": 0}, "nginx_http_port is 0"),
+        ({"nginx_https_port": 80}, "both 80"),
+        ({"nginx_allowed_paths": []}, "nginx_allowed_paths is empty"),
+        ({"nginx_allowed_paths": ["/v1/../x"]}, "'/v1/../x'"),
+        ({"nginx_allowed_paths": ["/v1/"]}, "'/v1/'"),
+        ({"nginx_allowed_paths": ["/v1", "/v1"]}, "twice"),
+        ({"nginx_max_body_size": "1g"}, "'1g'"),
+        ({"nginx_read_timeout": 0}, "at least 1 second"),
+    ],
+)
+def test_each_problem_is_named(changes: dict[str, Any], says: str) -> None:
+    found = problems(**changes)
+    assert len(found) == 1
+    assert says in found[0]
+
+
+@pytest.mark.parametrize("key", ["", "short", SECRET + '"', SECRET + "\n", SECRET + " ", SECRET + "$x"])
+def test_a_bad_key_is_named_and_not_shown(key: str) -> None:
+    (found,) = problems(nginx_api_keys=[SECRET, key])
+    assert found.startswith("nginx_api_keys[1] ")
+    assert SECRET not in found
+    assert "short" not in found
+    (found,) = problems(nginx_backend_key=key)
+    assert found.startswith("nginx_backend_key ")
+    assert SECRET not in found

@@ -61,7 +61,7 @@ GROUPS: tuple[tuple[Stage, ...], ...] = (
                 ("ruff", "check", "."),
                 ("ruff", "format", "--check", "."),
                 ("yamllint", "--strict", "."),
-                ("ansible-lint", "--quiet"),
+                ("ansible-lint", "-q"),
             ),
         ),
         Stage("unit", (("pytest", "--quiet", "tests/unit"),), counts="unit"),

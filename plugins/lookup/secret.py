@@ -15,6 +15,8 @@ description:
 options:
   _terms:
     description: Names of secrets, of letters, digits, C(_) and C(-).
+    type: list
+    elements: str
     required: true
   folder:
     description:
@@ -68,7 +70,7 @@ class LookupModule(LookupBase):
     def _folder(self, variables) -> Path:
         if self.get_option("folder"):
             return Path(self.get_option("folder"))
-        if not variables.get("inventory_dir"):
+        if variables.get("inventory_dir") in (None, "", "None"):  # the word, where the inventory is a list of hosts
             raise AnsibleLookupError(
                 "llmfleet.serving.secret: the inventory has no folder of its own to keep secrets beside; "
                 "set serving_secrets_dir to a folder on the controller"

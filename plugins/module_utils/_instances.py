@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 
 UNIT = re.compile(r"vllm@(?P<name>.+)\.service")
-# `systemctl show` prints timestamps like this with TZ=UTC and --timestamp=us (systemd >= 247).
-TIMESTAMP = "%a %Y-%m-%d %H:%M:%S.%f UTC"
+# `systemctl show` prints timestamps like this, behind the day of the week, with TZ=UTC and --timestamp=us.
+TIMESTAMP = "%Y-%m-%d %H:%M:%S.%f UTC"
 SHOWN = (
     "Id",
     "LoadState",
@@ -44,6 +44,7 @@ class Unit:
     started: float | None
     restarts: int
     result: str
+    loaded: bool = True
 
 
 def unit_name(name: str) -> str:
@@ -59,10 +60,11 @@ def parse_show(text: str) -> dict[str, Unit]:
         if match:
             units[match["name"]] = Unit(
                 name=match["name"],
+                loaded=values.get("LoadState") == "loaded",
                 active=values.get("ActiveState") in ("active", "activating", "reloading"),
                 failed=values.get("ActiveState") == "failed",
                 enabled=values.get("UnitFileState") == "enabled",
-                restarting=values.get("SubState") == "auto-restart",
+                restarting=values.get("SubState", "").startswith("auto-restart"),
                 started=parse_timestamp(values.get("ExecMainStartTimestamp", "")),
                 restarts=int(values.get("NRestarts") or 0),
                 result=values.get("Result", ""),
@@ -73,7 +75,7 @@ def parse_show(text: str) -> dict[str, Unit]:
 def parse_timestamp(text: str) -> float | None:
     """Seconds since the epoch; None for a process that has never been started."""
     try:
-        return datetime.strptime(text, TIMESTAMP).replace(tzinfo=timezone.utc).timestamp()
+        return datetime.strptime(text.partition(" ")[2], TIMESTAMP).replace(tzinfo=timezone.utc).timestamp()
     except ValueError:
         return None
 
@@ -147,9 +149,7 @@ def causes(log: str, most: int = 3) -> list[str]:
 
 
 def environment_value(text: str, name: str) -> str | None:
-    """A variable's value in a systemd EnvironmentFile of ``NAME="value"`` lines."""
-    for line in text.splitlines():
-        key, found, value = line.partition("=")
-        if found and key.strip() == name:
-            return value.strip().strip('"')
-    return None
+    """A variable's value in a systemd EnvironmentFile of ``NAME="value"`` lines; the last one counts."""
+    lines = (line.partition("=") for line in text.splitlines())
+    values = [value.strip().strip('"') for key, found, value in lines if found and key.strip() == name]
+    return values[-1] if values else None

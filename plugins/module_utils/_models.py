@@ -18,8 +18,9 @@ from packaging.version import InvalidVersion, Version
 MODELS_DIR = "/var/lib/vllm/models"
 # What a systemd instance name, a file name and an nginx upstream can all hold unescaped.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-REVISION = re.compile(r"[\w][\w./-]{0,127}")
+# As the hub has them; it allows no "--", which stands for "/" in the names of our folders.
+HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+REVISION = re.compile(r"(?!.*(--|\.\.|/\.|//|/$))[A-Za-z0-9_][A-Za-z0-9._/-]{0,127}")
 ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # The unit's ProtectHome= and PrivateTmp= hide these from the engine.
 HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108 - named, not written to
@@ -57,7 +58,7 @@ def model_path(model: Mapping[str, Any]) -> str:
         return f"{MODELS_DIR}/{model['name']}"
     if is_folder(source):
         return source
-    return f"{MODELS_DIR}/{source}@{model.get('revision') or 'main'}".replace(source, source.replace("/", "--"), 1)
+    return f"{MODELS_DIR}/" + f"{source}@{model.get('revision') or 'main'}".replace("/", "--")
 
 
 def instances(models: Sequence[Mapping[str, Any]], host: str, port: int, shutdown_timeout: int) -> list[dict[str, Any]]:
@@ -137,7 +138,8 @@ def model_problems(models: Sequence[Mapping[str, Any]], port: int, is_file: Call
 
 
 def _ports(models: Sequence[Mapping[str, Any]], port: int) -> list[int]:
-    return [int(model.get("port") or port + index) for index, model in enumerate(models)]
+    given = (model.get("port") for model in models)
+    return [port + index if number is None else int(number) for index, number in enumerate(given)]
 
 
 def _shared(what: str, values: Sequence[object], remedy: str) -> Iterator[str]:
@@ -159,6 +161,8 @@ def _problems(model: Mapping[str, Any], port: int, is_file: Callable[[str], bool
     for key in model.get("environment") or {}:
         if not ENVIRONMENT_NAME.fullmatch(str(key)):
             yield f"environment has {key!r}: that is no name of an environment variable."
+        if key == "VLLM_API_KEY":
+            yield "environment has 'VLLM_API_KEY', which the role sets: use vllm_api_key in its place."
     if is_folder(str(model.get("source", ""))):
         yield from _folder_problems(model, is_file)
     else:
@@ -168,6 +172,8 @@ def _problems(model: Mapping[str, Any], port: int, is_file: Callable[[str], bool
 
 def _folder_problems(model: Mapping[str, Any], is_file: Callable[[str], bool]) -> Iterator[str]:
     source = model["source"]
+    if ".." in PurePosixPath(source).parts:
+        yield f"source is {source!r}: give the folder's path without '..'."
     if model.get("revision"):
         yield f"revision is {model['revision']!r}, but source {source} is a folder: only a hub has revisions."
     if model.get("copy"):
@@ -186,7 +192,7 @@ def _hub_problems(model: Mapping[str, Any]) -> Iterator[str]:
         yield f"copy is set, but source {source!r} is no absolute path of a folder on the controller."
     elif not HUB_ID.fullmatch(source):
         yield f"source is {source!r}: give a hub id such as Qwen/Qwen3-8B, or the absolute path of a folder."
-    if not REVISION.fullmatch(revision) or ".." in revision:
+    if not REVISION.fullmatch(revision):
         yield f"revision is {revision!r}: give a commit, a tag or a branch."
 
 

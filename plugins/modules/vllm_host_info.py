@@ -51,10 +51,10 @@ files:
   returned: always
   type: dict
 taken_ports:
-  description: The asked ports that another program listens on, with that program's name, as strings.
+  description: The asked ports, as strings, that another program listens on, with that program's name and process id.
   returned: always
   type: dict
-  sample: {"8000": prometheus}
+  sample: {"8000": prometheus (pid 812)}
 system:
   description: Name and version of the distribution, as C(ID) and C(VERSION_ID) of os-release have them.
   returned: always
@@ -72,8 +72,9 @@ import re
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.llmfleet.serving.plugins.module_utils._host import Program, content, system, taken_ports
+from ansible_collections.llmfleet.serving.plugins.module_utils._instances import UNIT
 
-LISTEN = "0A"  # TCP_LISTEN in the kernel's include/net/tcp_states.h
 NVIDIA = Path("/proc/driver/nvidia/version")
 
 
@@ -84,50 +85,13 @@ def disk(path: Path) -> dict[str, int]:
     return {"free_bytes": stat.f_bavail * stat.f_frsize, "device": path.stat().st_dev}
 
 
-def content(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
-def listening(table: str) -> dict[int, str]:
-    """Socket inode by local port of the listening rows of /proc/net/tcp or tcp6."""
-    rows = [line.split() for line in table.splitlines()[1:]]
-    return {int(row[1].rpartition(":")[2], 16): row[9] for row in rows if row[3] == LISTEN}
-
-
-def owner(inode: str, proc: Path = Path("/proc")) -> tuple[str, str]:
-    """Name and control groups of the process that holds the socket; empty where there is none to be seen."""
-    for link in proc.glob("[0-9]*/fd/*"):
-        try:
-            if os.readlink(link) == f"socket:[{inode}]":
-                process = link.parent.parent
-                return (process / "comm").read_text().strip(), (process / "cgroup").read_text()
-        except OSError:
-            continue
-    return "", ""
-
-
-def taken_ports(ports: list[int]) -> dict[str, str]:
-    taken = {}
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        for port, inode in listening(content(Path(table)) or "").items():
-            if port in ports:
-                name, groups = owner(inode)
-                if not re.search(r"vllm@.+\.service", groups):
-                    taken[str(port)] = name or "a program that is not to be seen"
-    return taken
+def is_instance(program: Program) -> bool:
+    return bool(UNIT.search(program.groups))
 
 
 def nvidia_driver_version() -> str | None:
     match = re.search(r"^NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s", content(NVIDIA) or "", re.MULTILINE)
     return match[1] if match else None
-
-
-def system() -> str:
-    values = dict(re.findall(r'^(ID|VERSION_ID)="?([^"\n]*)', content(Path("/etc/os-release")) or "", re.MULTILINE))
-    return f"{values.get('ID', 'unknown')} {values.get('VERSION_ID', '')}".strip()
 
 
 def main() -> None:
@@ -143,7 +107,7 @@ def main() -> None:
         changed=False,
         disks={path: disk(Path(path)) for path in module.params["paths"]},
         files={path: content(Path(path)) for path in module.params["files"]},
-        taken_ports=taken_ports(module.params["ports"]),
+        taken_ports=taken_ports(module.params["ports"], is_instance),
         system=system(),
         nvidia_driver_version=nvidia_driver_version(),
     )

@@ -71,7 +71,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.llmfleet.serving.plugins.module_utils._instances import UNIT, Step, steps, unit_name
+from ansible_collections.llmfleet.serving.plugins.module_utils._instances import UNIT, Step, Unit, steps, unit_name
 from ansible_collections.llmfleet.serving.plugins.module_utils._systemd import show
 
 WANTS = Path("/etc/systemd/system/multi-user.target.wants")
@@ -79,7 +79,8 @@ WANTS = Path("/etc/systemd/system/multi-user.target.wants")
 
 def newest_change(paths: list[str]) -> float:
     """When the newest of these came to be as it is; a ctime cannot be set back as an mtime can, by rsync for one."""
-    return max((Path(path).lstat().st_ctime for path in paths if Path(path).exists()), default=0.0)
+    there = [Path(path) for path in paths if Path(path).exists()]
+    return max((time for path in there for time in (path.lstat().st_ctime, path.stat().st_ctime)), default=0.0)
 
 
 def present(config_dir: Path) -> set[str]:
@@ -87,30 +88,28 @@ def present(config_dir: Path) -> set[str]:
     return enabled | {path.stem for path in config_dir.glob("*.yaml")}
 
 
-def carry_out(module: AnsibleModule, plan: list[Step], config_dir: Path) -> None:
+def carry_out(module: AnsibleModule, plan: list[Step], units: dict[str, Unit], config_dir: Path) -> None:
     def names(action: str) -> list[str]:
         return [step.name for step in plan if step.action == action]
 
-    def systemctl(*command: str) -> None:
-        if len(command) == 1:
+    def systemctl(verb: str, names: list[str], *options: str) -> None:
+        if not names:
             return
-        code, _, error = module.run_command(["systemctl", *command])
+        command = ["systemctl", verb, *options, *map(unit_name, names)]
+        code, _, error = module.run_command(command)
         if code:
-            module.fail_json(msg=f"systemctl {' '.join(command)}: {error.strip()}")
+            module.fail_json(msg=f"{' '.join(command)}: {error.strip()}")
 
-    if removed := names("remove"):
-        systemctl("disable", "--now", *map(unit_name, removed))
-        for name in removed:
-            (config_dir / f"{name}.yaml").unlink(missing_ok=True)
-            (config_dir / f"{name}.env").unlink(missing_ok=True)
+    # After a run that was cut short there can be files of an instance that systemd knows nothing of.
+    systemctl("disable", [name for name in names("remove") if name in units and units[name].loaded], "--now")
+    for name in names("remove"):
+        (config_dir / f"{name}.yaml").unlink(missing_ok=True)
+        (config_dir / f"{name}.env").unlink(missing_ok=True)
     module.run_command(["systemctl", "daemon-reload"], check_rc=True)
-    if started := [unit_name(name) for name in names("start")]:
-        module.run_command(["systemctl", "reset-failed", *started])
-        systemctl("start", *started)
-    if restarted := [unit_name(name) for name in names("restart")]:
-        systemctl("restart", *restarted)
-    if enabled := [unit_name(name) for name in names("enable")]:
-        systemctl("enable", *enabled)
+    systemctl("reset-failed", [name for name in names("start") if name in units and units[name].failed])
+    systemctl("start", names("start"))
+    systemctl("restart", names("restart"))
+    systemctl("enable", names("enable"))
 
 
 def main() -> None:
@@ -127,9 +126,11 @@ def main() -> None:
     )
     config_dir = Path(module.params["config_dir"])
     wanted = {item["name"]: newest_change(item["paths"]) for item in module.params["instances"]}
-    plan = steps(wanted, show(module.run_command, wanted), present(config_dir))
+    there = present(config_dir)
+    units = show(module.run_command, sorted(there | set(wanted)))
+    plan = steps(wanted, units, there)
     if plan and not module.check_mode:
-        carry_out(module, plan, config_dir)
+        carry_out(module, plan, units, config_dir)
     lines = [f"{step.action} {unit_name(step.name)}: {step.why}\n" for step in plan]
     module.exit_json(
         changed=bool(plan),

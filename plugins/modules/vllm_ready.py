@@ -73,6 +73,7 @@ waiting_for:
   sample: {qwen: "Loading safetensors checkpoint shards: 40% Completed"}
 """
 
+import http.client
 import json
 import time
 import urllib.error
@@ -91,6 +92,7 @@ from ansible_collections.llmfleet.serving.plugins.module_utils._systemd import f
 # One token on an idle engine takes milliseconds; the first one may compile kernels.
 REQUEST_TIMEOUT = 120
 PAUSE = 1.0
+UNREACHABLE = (OSError, http.client.HTTPException)
 
 
 class NotReadyError(Exception):
@@ -112,7 +114,7 @@ def ask(instance: dict[str, Any], key: str | None) -> None:
     url = base_url(instance)
     try:
         opener.open(f"{url}/health", timeout=PAUSE * 5).close()
-    except OSError as error:
+    except UNREACHABLE as error:
         raise NotReadyError from error
     request = probe(instance["name"], instance["kind"])
     headers = {"Content-Type": "application/json"}
@@ -126,7 +128,7 @@ def ask(instance: dict[str, Any], key: str | None) -> None:
             body = response.read()
     except urllib.error.HTTPError as error:
         raise BrokenError(f"{request.path} answers {error.code}: {message(error.read())}") from error
-    except OSError as error:
+    except UNREACHABLE as error:
         raise BrokenError(f"{request.path}: {error}") from error
     if not answered(instance["kind"], body):
         raise BrokenError(f"{request.path} answers without a token: {body[:200]!r}")

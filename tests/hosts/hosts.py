@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
-# Copyright: (c) 2025, the llmfleet.serving authors
-# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
-# SPDX-License-Identifier: GPL-3.0-or-later
+# Copyright: llmfleet developers
+# GNU General Public License v3.0+ (see LICENSE)
 """Booted Debian and Ubuntu hosts for the tests and the demo: systemd-nspawn, a bridge with NAT, and SSH.
 
 A set of hosts is a folder. Everything else (processes, cgroups, bridge, firewall rules) bears the set's

@@ -16,11 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import testinfra
 from openai import OpenAI
+from testinfra.host import Host
 
 PROJECT = Path(os.environ["MOLECULE_PROJECT_DIRECTORY"])
 INVENTORY = Path(os.environ["MOLECULE_INVENTORY_FILE"]).parent
+HOSTS = Path(os.environ.get("LLMFLEET_HOSTS_DIR", "/var/lib/llmfleet-hosts")) / os.environ["LLMFLEET_HOSTS_SET"]
 NAME = "llm.example.test"
+
+
+def host(name: str) -> Host:
+    """A test host, over SSH. Not pytest-testinfra's own fixture, which cannot read an inventory with lookups."""
+    return testinfra.get_host(f"ssh://{name}", ssh_config=str(HOSTS / "ssh_config"))
 
 
 @dataclass(frozen=True)
@@ -126,13 +134,25 @@ def stream(api: OpenAI, model: str, tokens: int) -> list[tuple[float, str]]:
     ]
 
 
-def exposure(host: Any, unit: str) -> float:
+def fetch(host: Host, url: str) -> str:
+    """What the host itself gets from there; empty where nothing answers. Bare hosts have no curl."""
+    program = f"import urllib.request as u; print(u.urlopen({url!r}, timeout=5).read().decode())"
+    return host.run("python3 -c %s", program).stdout
+
+
+def metric(host: Host, url: str, name: str) -> float:
+    """The sum of a Prometheus metric over its labels."""
+    lines = fetch(host, url).splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
+
+
+def exposure(host: Host, unit: str) -> float:
     """systemd's own score of a unit's confinement: 0 is confined, 10 is not."""
     line = host.check_output(f"systemd-analyze security --no-pager {unit} | tail -1")
     return float(re.search(r"(\d+\.\d+)", line)[1])
 
 
-def listeners(host: Any) -> set[int]:
+def listeners(host: Host) -> set[int]:
     """Ports that are listened on by more than the loopback addresses."""
     rows = (line.split() for line in host.check_output("ss -Hltn").splitlines())
     return {

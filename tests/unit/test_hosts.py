@@ -1,6 +1,5 @@
-# Copyright: (c) 2025, the llmfleet.serving authors
-# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
-# SPDX-License-Identifier: GPL-3.0-or-later
+# Copyright: llmfleet developers
+# GNU General Public License v3.0+ (see LICENSE)
 """The pure functions of tests/hosts/hosts.py: no root, no network, no host."""
 
 from __future__ import annotations

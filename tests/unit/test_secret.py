@@ -61,7 +61,7 @@ def look_up(run_playbook: Any, tmp_path: Path) -> LookUp:
 def test_secret_is_made_once_and_is_the_same_for_all_hosts(look_up: LookUp, tmp_path: Path) -> None:
     done, seen = look_up("--forks", "4", "-vvv", hosts=4)
     assert done.returncode == 0, done.stdout
-    file = tmp_path / "inventory/secrets/key"
+    file = tmp_path / "inventory/.secrets/key"
     value = file.read_text().removesuffix("\n")
     assert re.fullmatch(r"[A-Za-z0-9]{43}", value)
     assert seen == [value] * 4
@@ -75,7 +75,7 @@ def test_check_mode_writes_nothing(look_up: LookUp, tmp_path: Path) -> None:
     done, seen = look_up("--check")
     assert done.returncode == 0, done.stdout
     assert re.fullmatch(r"[A-Za-z0-9]{43}", seen[0])
-    assert not (tmp_path / "inventory/secrets").exists()
+    assert not (tmp_path / "inventory/.secrets").exists()
 
 
 def test_secret_is_encrypted_where_there_is_a_vault(look_up: LookUp, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_secret_is_encrypted_where_there_is_a_vault(look_up: LookUp, tmp_path: P
     password.write_text("of the vault\n")
     done, seen = look_up("--vault-password-file", str(password))
     assert done.returncode == 0, done.stdout
-    file = tmp_path / "inventory/secrets/key"
+    file = tmp_path / "inventory/.secrets/key"
     text = file.read_text()
     assert text.startswith("$ANSIBLE_VAULT;1.1;AES256\n")
     assert mode(file) == 0o600
@@ -107,7 +107,7 @@ def test_folder_and_length_can_be_chosen(look_up: LookUp, tmp_path: Path) -> Non
         "a": f"{first}\n",
         "b-2": f"{second}\n",
     }
-    assert not (tmp_path / "inventory/secrets").exists()
+    assert not (tmp_path / "inventory/.secrets").exists()
 
 
 # --- the plugin alone ---------------------------------------------------------------------------------------

@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import socket
-from typing import Any
 
 import pytest
 import support
+from testinfra.host import Host
 
 GATEWAY = "10.77.3.10"
 ENGINES = {"eng1": "10.77.3.11", "eng2": "10.77.3.12"}
 
 
-def served(host: Any) -> int:
-    """How many requests for tiny this engine has ended."""
-    lines = host.check_output(
-        f"curl -s http://{ENGINES[host.backend.host]}:8000/metrics | grep '^vllm:request_success_total' || true"
-    )
-    return sum(int(float(line.rsplit(" ", 1)[1])) for line in lines.splitlines())
-
-
 @pytest.fixture(scope="module")
-def engines(request: pytest.FixtureRequest) -> dict[str, Any]:
-    import testinfra  # noqa: PLC0415 - needs the inventory that the plugin has been given
-
-    inventory = request.config.getoption("ansible_inventory")
-    return {name: testinfra.get_host(f"ansible://{name}", ansible_inventory=inventory) for name in ENGINES}
+def engines() -> dict[str, Host]:
+    return {name: support.host(name) for name in ENGINES}
 
 
-def test_replicas_share_the_requests(engines: dict[str, Any]) -> None:
-    before = {name: served(host) for name, host in engines.items()}
+def served(engines: dict[str, Host]) -> dict[str, float]:
+    """How many requests for tiny each engine has ended."""
+    return {
+        name: support.metric(host, f"http://{ENGINES[name]}:8000/metrics", "vllm:request_success_total")
+        for name, host in engines.items()
+    }
+
+
+def test_replicas_share_the_requests(engines: dict[str, Host]) -> None:
+    before = served(engines)
     with support.client(GATEWAY) as api:
         for _ in range(8):
             support.stream(api, "tiny", 4)
-    assert all(served(host) > before[name] for name, host in engines.items())
+    after = served(engines)
+    assert all(after[name] > before[name] for name in ENGINES)
 
 
 def test_model_from_the_hub_answers() -> None:
@@ -42,7 +40,7 @@ def test_model_from_the_hub_answers() -> None:
         assert len(support.stream(api, "second", 32)) >= 30
 
 
-def test_engine_talks_to_the_gateway_only(engines: dict[str, Any]) -> None:
+def test_engine_talks_to_the_gateway_only(engines: dict[str, Host]) -> None:
     """From the machine that runs the tests, which is neither a gateway nor the engine itself."""
     for name, address in ENGINES.items():
         assert engines[name].service("vllm@tiny.service").is_running
@@ -50,7 +48,7 @@ def test_engine_talks_to_the_gateway_only(engines: dict[str, Any]) -> None:
             socket.create_connection((address, 8000), timeout=3).close()
 
 
-def test_one_engine_less_is_not_noticed(engines: dict[str, Any]) -> None:
+def test_one_engine_less_is_not_noticed(engines: dict[str, Host]) -> None:
     engines["eng1"].check_output("systemctl stop vllm@tiny.service")
     try:
         with support.client(GATEWAY) as api:
@@ -60,7 +58,7 @@ def test_one_engine_less_is_not_noticed(engines: dict[str, Any]) -> None:
         engines["eng1"].check_output("systemctl start vllm@tiny.service")
 
 
-def test_download_cut_short_is_mended(engines: dict[str, Any]) -> None:
+def test_download_cut_short_is_mended(engines: dict[str, Host]) -> None:
     folder = "/var/lib/vllm/models/llmfleet--second@main"
     engines["eng2"].check_output("systemctl stop vllm@second.service")
     engines["eng2"].check_output(f"rm {folder}/.complete && truncate --size 1000 {folder}/model.safetensors")

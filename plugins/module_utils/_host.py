@@ -1,0 +1,82 @@
+# Copyright: llmfleet developers
+# GNU General Public License v3.0+ (see LICENSE)
+"""PRIVATE to the collection: what the modules that look at a host ask of it. No Ansible import here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+LISTEN = "0A"  # TCP_LISTEN in the kernel's include/net/tcp_states.h
+PROC = Path("/proc")
+OS_RELEASE = Path("/etc/os-release")
+UNSEEN = "a program that is not to be seen"
+
+
+def content(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def system(os_release: Path = OS_RELEASE) -> str:
+    """Name and version of the distribution, as ``debian 12``."""
+    values = dict(re.findall(r'^(ID|VERSION_ID)="?([^"\n]*)', content(os_release) or "", re.MULTILINE))
+    return f"{values.get('ID', 'unknown')} {values.get('VERSION_ID', '')}".strip()
+
+
+def processes(proc: Path = PROC) -> Iterator[Path]:
+    """The folders of all processes. One may be gone before it is looked into."""
+    return (path for path in proc.iterdir() if path.name.isdigit())
+
+
+@dataclass(frozen=True)
+class Program:
+    """A process that listens on a port. ``groups`` is the text of its control groups."""
+
+    pid: int
+    name: str
+    groups: str
+
+
+def listening(table: str) -> dict[str, int]:
+    """Local port by socket inode of the listening rows of /proc/net/tcp or tcp6. A port may have several sockets."""
+    rows = [line.split() for line in table.splitlines()[1:]]
+    return {row[9]: int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == LISTEN}
+
+
+def holders(inodes: Collection[str], proc: Path = PROC) -> dict[str, list[Program]]:
+    """By socket inode the processes that hold the socket, as far as they are to be seen."""
+    found: dict[str, list[Program]] = {inode: [] for inode in inodes}
+    for process in processes(proc) if inodes else ():
+        for inode in found.keys() & set(_sockets(process)):
+            with contextlib.suppress(OSError):
+                name = (process / "comm").read_text(errors="replace").strip()
+                found[inode].append(Program(int(process.name), name, (process / "cgroup").read_text()))
+    return found
+
+
+def _sockets(process: Path) -> Iterator[str]:
+    with contextlib.suppress(OSError):
+        for descriptor in os.listdir(process / "fd"):
+            with contextlib.suppress(OSError):
+                kind, _, inode = os.readlink(process / "fd" / descriptor).partition(":")
+                if kind == "socket":
+                    yield inode.strip("[]")
+
+
+def taken_ports(ports: Collection[int], ours: Callable[[Program], bool], proc: Path = PROC) -> dict[str, str]:
+    """By port the program that listens there and is not ours, on whatever address."""
+    tables = [content(proc / "net" / name) or "" for name in ("tcp", "tcp6")]
+    sockets = {inode: port for table in tables for inode, port in listening(table).items() if port in ports}
+    programs = holders(sockets, proc)
+    return {
+        str(port): f"{programs[inode][0].name} (pid {programs[inode][0].pid})" if programs[inode] else UNSEEN
+        for inode, port in sockets.items()
+        if not any(map(ours, programs[inode]))
+    }

@@ -1,0 +1,90 @@
+# Copyright: llmfleet developers
+# GNU General Public License v3.0+ (see LICENSE)
+"""PRIVATE to the collection: what nginx_host_info decides by. No Ansible import and no I/O here."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+try:
+    from cryptography import exceptions, x509
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+except ImportError:  # a bare host: the role nginx installs it
+    x509 = None
+
+RENEW_BEFORE = timedelta(days=30)
+
+
+def missing_packages(wanted: Iterable[str], listed: str) -> list[str]:
+    """``listed`` is what ``dpkg-query --show`` prints with the format ``${Package} ${db:Status-Status}``."""
+    lines = set(listed.splitlines())
+    return [package for package in wanted if f"{package} installed" not in lines]
+
+
+@dataclass(frozen=True)
+class Stat:
+    """Of /proc/<pid>/stat the parent, and the start in clock ticks since the boot."""
+
+    parent: int
+    start: int
+
+
+def parse_stat(text: str) -> Stat:
+    fields = text.rpartition(")")[2].split()  # what stands before is the command's name, with anything in it
+    return Stat(parent=int(fields[1]), start=int(fields[19]))
+
+
+def takes_requests(title: str) -> bool:
+    """Whether this is the command line of a worker. After a reload an old one only ends what it has."""
+    return "worker process" in title and "shutting down" not in title
+
+
+def certificate_problem(ca: bytes, key: bytes, certificate: bytes, subject_alt_name: str, now: datetime) -> str:
+    """Why another certificate is needed, or nothing."""
+    if x509 is None:
+        return "python3-cryptography, which reads it, is missing"
+    try:
+        issuer, leaf = x509.load_pem_x509_certificate(ca), x509.load_pem_x509_certificate(certificate)
+        private_key = serialization.load_pem_private_key(key, None)
+    except (TypeError, ValueError) as error:  # TypeError: the key is encrypted
+        return f"it cannot be read ({error})"
+    # Debian 12 has none of the names in UTC.
+    end = getattr(leaf, "not_valid_after_utc", None) or leaf.not_valid_after.replace(tzinfo=timezone.utc)
+    problems = {
+        "another CA signed it": not _signed_by(leaf, issuer),
+        f"it expires on {end:%Y-%m-%d}": end - RENEW_BEFORE < now,
+        "nginx_server_name has changed": not _is_for(leaf, subject_alt_name),
+        "it does not belong to the key": _encoded(private_key.public_key()) != _encoded(leaf.public_key()),
+    }
+    return next((why for why, found in problems.items() if found), "")
+
+
+def _signed_by(leaf: x509.Certificate, issuer: x509.Certificate) -> bool:
+    public_key, digest = issuer.public_key(), leaf.signature_hash_algorithm
+    # The role makes an EC key; a CA of the operator's own may have an RSA key.
+    scheme = (padding.PKCS1v15(), digest) if isinstance(public_key, rsa.RSAPublicKey) else (ec.ECDSA(digest),)
+    try:
+        public_key.verify(leaf.signature, leaf.tbs_certificate_bytes, *scheme)
+    except exceptions.InvalidSignature:
+        return False
+    return True
+
+
+def _is_for(leaf: x509.Certificate, subject_alt_name: str) -> bool:
+    try:
+        names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return False
+    kind, _, name = subject_alt_name.partition(":")
+    if kind == "IP":
+        return names.get_values_for_type(x509.IPAddress) == [ipaddress.ip_address(name)]
+    return names.get_values_for_type(x509.DNSName) == [name]
+
+
+def _encoded(public_key: Any) -> bytes:
+    return public_key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)

@@ -76,7 +76,11 @@ def run(stage: Stage) -> Outcome:
     stage.log.parent.mkdir(parents=True, exist_ok=True)
     stage.junit.parent.mkdir(parents=True, exist_ok=True)
     stage.junit.unlink(missing_ok=True)
-    environment = {**os.environ, "NO_COLOR": "1", "PYTEST_ADDOPTS": f"--junit-xml={stage.junit}" if stage.counts else ""}
+    environment = {
+        **os.environ,
+        "NO_COLOR": "1",
+        "PYTEST_ADDOPTS": f"--junit-xml={stage.junit}" if stage.counts else "",
+    }
     passed = failed = skipped = 0
     with stage.log.open("w", encoding="utf-8") as log:
         for command in stage.commands:

@@ -14,8 +14,8 @@ import yaml
 from ansible_collections.llmfleet.serving.plugins.module_utils import _models
 
 
-def model_problems(models: Sequence[Mapping[str, Any]], port: int) -> list[str]:
-    problems = _models.model_problems(models, int(port), lambda path: Path(path).is_file())
+def model_problems(models: Sequence[Mapping[str, Any]], port: int, environment: Mapping[str, Any]) -> list[str]:
+    problems = _models.model_problems(models, int(port), environment, lambda path: Path(path).is_file())
     if any(model.get("copy") for model in models) and not shutil.which("rsync"):
         problems.append("vllm_models has a model with copy: true, but the controller has no rsync: install it there.")
     return problems

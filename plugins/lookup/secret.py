@@ -52,6 +52,7 @@ import string
 import tempfile
 from pathlib import Path
 
+from ansible import constants as C  # noqa: N812 - Ansible's own name for it
 from ansible.errors import AnsibleLookupError
 from ansible.parsing.vault import VaultLib, match_encrypt_secret
 from ansible.plugins.lookup import LookupBase
@@ -62,9 +63,12 @@ NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 class LookupModule(LookupBase):
     def run(self, terms, variables=None, **kwargs):
-        self.set_options(var_options=variables, direct=kwargs)
-        folder = self._folder(variables or {})
-        check_mode = bool((variables or {}).get("ansible_check_mode"))
+        variables = variables or {}
+        # Lookups are given variables as they are written, not as they are meant.
+        ours = {name: self._templar.template(variables[name]) for name in ("serving_secrets_dir",) if name in variables}
+        self.set_options(var_options=ours, direct=kwargs)
+        folder = self._folder(variables)
+        check_mode = bool(variables.get("ansible_check_mode"))
         return [self._secret(folder, str(term), check_mode) for term in terms]
 
     def _folder(self, variables) -> Path:
@@ -110,5 +114,5 @@ class LookupModule(LookupBase):
         vault_secrets = self._loader._vault.secrets if self._loader._vault else None
         if not vault_secrets:
             return text.encode()
-        vault_id, secret = match_encrypt_secret(vault_secrets)
+        vault_id, secret = match_encrypt_secret(vault_secrets, C.DEFAULT_VAULT_ENCRYPT_IDENTITY)
         return VaultLib(vault_secrets).encrypt(text, secret, vault_id)

@@ -119,14 +119,17 @@ def watched(found: Sequence[Mapping[str, Any]], config_dir: str, common: Sequenc
     ]
 
 
-def model_problems(models: Sequence[Mapping[str, Any]], port: int, is_file: Callable[[str], bool]) -> list[str]:
-    """What is wrong with ``vllm_models``: one sentence each, with the variable, the value and the remedy.
+def model_problems(
+    models: Sequence[Mapping[str, Any]], port: int, environment: Mapping[str, Any], is_file: Callable[[str], bool]
+) -> list[str]:
+    """What is wrong with ``vllm_models`` and ``vllm_environment``: each with the variable, the value and the remedy.
 
     ``is_file`` tells whether the controller has a file.
     """
     if not models:
         return ["vllm_models is empty: declare a model with a name and a source, or take the host out of engines."]
     return [
+        *(f"vllm_{problem}" for problem in _environment_problems(environment)),
         *_shared("name", [str(model.get("name", "")) for model in models], "give each model a name of its own."),
         *_shared("port", _ports(models, port), "give each model a port of its own, or none of them one."),
         *(
@@ -158,11 +161,7 @@ def _problems(model: Mapping[str, Any], port: int, is_file: Callable[[str], bool
     for key in ("users", "context"):
         if model.get(key) is not None and int(model[key]) < 1:
             yield f"{key} is {model[key]}: give a number of at least 1."
-    for key in model.get("environment") or {}:
-        if not ENVIRONMENT_NAME.fullmatch(str(key)):
-            yield f"environment has {key!r}: that is no name of an environment variable."
-        if key == "VLLM_API_KEY":
-            yield "environment has 'VLLM_API_KEY', which the role sets: use vllm_api_key in its place."
+    yield from _environment_problems(model.get("environment") or {})
     if is_folder(str(model.get("source", ""))):
         yield from _folder_problems(model, is_file)
     else:
@@ -170,9 +169,17 @@ def _problems(model: Mapping[str, Any], port: int, is_file: Callable[[str], bool
     yield from _flag_problems(model)
 
 
+def _environment_problems(environment: Mapping[str, Any]) -> Iterator[str]:
+    for key in environment:
+        if not ENVIRONMENT_NAME.fullmatch(str(key)):
+            yield f"environment has {key!r}: that is no name of an environment variable."
+        if key == "VLLM_API_KEY":
+            yield "environment has 'VLLM_API_KEY', which the role sets: use vllm_api_key in its place."
+
+
 def _folder_problems(model: Mapping[str, Any], is_file: Callable[[str], bool]) -> Iterator[str]:
     source = model["source"]
-    if ".." in PurePosixPath(source).parts:
+    if ".." in PurePosixPath(source).parts and not model.get("copy"):
         yield f"source is {source!r}: give the folder's path without '..'."
     if model.get("revision"):
         yield f"revision is {model['revision']!r}, but source {source} is a folder: only a hub has revisions."
@@ -189,7 +196,7 @@ def _folder_problems(model: Mapping[str, Any], is_file: Callable[[str], bool]) -
 def _hub_problems(model: Mapping[str, Any]) -> Iterator[str]:
     source, revision = str(model.get("source", "")), str(model.get("revision") or "main")
     if model.get("copy"):
-        yield f"copy is set, but source {source!r} is no absolute path of a folder on the controller."
+        yield f"copy is set, but source {source!r} is no absolute path: give that of a folder on the controller."
     elif not HUB_ID.fullmatch(source):
         yield f"source is {source!r}: give a hub id such as Qwen/Qwen3-8B, or the absolute path of a folder."
     if not REVISION.fullmatch(revision):
@@ -208,7 +215,7 @@ def _flag_problems(model: Mapping[str, Any]) -> Iterator[str]:
             if flag(name) == theirs and model.get(ours):
                 yield f"flags.{name} is {value}, and {ours} is {model[ours]}: both mean {theirs}; keep one of them."
     for name in sorted({name for name in spelled if spelled.count(name) > 1}):
-        yield f"flags has {name} twice, with '-' and with '_'."
+        yield f"flags has {name} twice, with '-' and with '_': keep one of them."
 
 
 def version_findings(

@@ -32,6 +32,13 @@ options:
         type: list
         elements: path
         required: true
+  changed:
+    description:
+      - Instances whose files this run has not written because it is in check mode, but would have.
+      - Without it check mode could not foresee their restart.
+    type: list
+    elements: str
+    default: []
   config_dir:
     description: Where C(<name>.yaml) and C(<name>.env) of the instances lie.
     type: path
@@ -68,11 +75,12 @@ steps:
 """
 
 from dataclasses import asdict
+from math import inf
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.llmfleet.serving.plugins.module_utils._instances import UNIT, Step, Unit, steps, unit_name
-from ansible_collections.llmfleet.serving.plugins.module_utils._systemd import show
+from ansible_collections.llmfleet.serving.plugins.module_utils._systemd import failure, show
 
 WANTS = Path("/etc/systemd/system/multi-user.target.wants")
 
@@ -98,13 +106,14 @@ def carry_out(module: AnsibleModule, plan: list[Step], units: dict[str, Unit], c
         command = ["systemctl", verb, *options, *map(unit_name, names)]
         code, _, error = module.run_command(command)
         if code:
-            module.fail_json(msg=f"{' '.join(command)}: {error.strip()}")
+            module.fail_json(**failure(module.run_command, names[0], f"did not {verb} ({error.strip()})"))
 
     # After a run that was cut short there can be files of an instance that systemd knows nothing of.
     systemctl("disable", [name for name in names("remove") if name in units and units[name].loaded], "--now")
     for name in names("remove"):
         (config_dir / f"{name}.yaml").unlink(missing_ok=True)
         (config_dir / f"{name}.env").unlink(missing_ok=True)
+        (WANTS / unit_name(name)).unlink(missing_ok=True)
     module.run_command(["systemctl", "daemon-reload"], check_rc=True)
     systemctl("reset-failed", [name for name in names("start") if name in units and units[name].failed])
     systemctl("start", names("start"))
@@ -120,12 +129,17 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "instances": {"type": "list", "elements": "dict", "required": True, "options": instance},
+            "changed": {"type": "list", "elements": "str", "default": []},
             "config_dir": {"type": "path", "default": "/etc/vllm"},
         },
         supports_check_mode=True,
     )
     config_dir = Path(module.params["config_dir"])
-    wanted = {item["name"]: newest_change(item["paths"]) for item in module.params["instances"]}
+    changed = set(module.params["changed"])
+    wanted = {
+        item["name"]: inf if item["name"] in changed else newest_change(item["paths"])
+        for item in module.params["instances"]
+    }
     there = present(config_dir)
     units = show(module.run_command, sorted(there | set(wanted)))
     plan = steps(wanted, units, there)

@@ -23,10 +23,10 @@ ROLES = sorted(path.name for path in (ROOT / "roles").iterdir())
 
 def test_models_to_be_copied_are_looked_for_on_the_controller(tmp_path: Path) -> None:
     model = {"name": "tiny", "source": str(tmp_path), "copy": True}
-    (found,) = serving.model_problems([model], "8000")
+    (found,) = serving.model_problems([model], "8000", {})
     assert f"{tmp_path}/config.json" in found
     (tmp_path / "config.json").write_text("{}")
-    assert serving.model_problems([model], 8000) == []
+    assert serving.model_problems([model], 8000, {}) == []
 
 
 def test_bytes_of_a_folder(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_filters_run_in_templates(run_playbook: Any, tmp_path: Path) -> None:
         "endpoints": "{{ found | llmfleet.serving.endpoints | map(attribute='model') }}",
         "probes": "{{ found | llmfleet.serving.probes | map(attribute='kind') }}",
         "watched": "{{ found | llmfleet.serving.watched('/etc/vllm', ['/unit']) | map(attribute='name') }}",
-        "model_problems": "{{ models | llmfleet.serving.model_problems('8000') }}",
+        "model_problems": "{{ models | llmfleet.serving.model_problems('8000', {}) }}",
         "disk_needs": "{{ found | llmfleet.serving.disk_needs(host, '/opt', 5) }}",
         "host_problems": "{{ found | llmfleet.serving.host_problems(host, {'/opt': 5}, 'cuda') | length }}",
         "client_problems": "{{ '127.0.0.1' | llmfleet.serving.client_problems(['10.0.0.1'], []) }}",

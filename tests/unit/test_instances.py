@@ -122,7 +122,8 @@ def test_real_output_is_read() -> None:
 def test_other_real_outputs_are_read() -> None:
     stopped = _instances.parse_show(DEBIAN_12_STOPPED)["my-model.v1_2"]
     assert (stopped.active, stopped.enabled, stopped.failed) == (False, False, False)
-    assert _instances.parse_show(NOT_FOUND) == {"gone": unit("gone", active=False, enabled=False, started=None)}
+    unknown = {"active": False, "enabled": False, "started": None, "loaded": False}
+    assert _instances.parse_show(NOT_FOUND) == {"gone": unit("gone", **unknown)}
 
 
 @pytest.mark.parametrize("text", ["", "\n", "Id=ssh.service\nActiveState=active\n", "Id=vllm.service\n"])

@@ -28,7 +28,17 @@ SECRETS = {"vllm_api_key", "vllm_hf_token", "nginx_api_keys", "nginx_backend_key
 # What the collection's archive holds. The rest of the checkout is for those who work on it.
 KEPT = {
     *("meta", "plugins", "roles", "playbooks", "changelogs", "docs"),
-    *("README.md", "LICENSE", "CHANGELOG.md", "CHANGELOG.rst", "galaxy.yml", "requirements.in", "requirements.txt"),
+    *(
+        "README.md",
+        "CONTRIBUTING.md",
+        "CODE_OF_CONDUCT.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "CHANGELOG.rst",
+        "galaxy.yml",
+        "requirements.in",
+        "requirements.txt",
+    ),
 }
 
 

@@ -27,7 +27,7 @@ def model(**changes: Any) -> dict[str, Any]:
 
 
 def problems(*models: dict[str, Any], port: int = 8000, files: tuple[str, ...] = ()) -> list[str]:
-    return _models.model_problems(models, port, lambda path: path in files)
+    return _models.model_problems(models, port, {}, lambda path: path in files)
 
 
 def one(found: list[str]) -> str:
@@ -62,8 +62,9 @@ def test_right_models_are_accepted(right: dict[str, Any]) -> None:
     assert problems(right) == []
 
 
-@pytest.mark.parametrize("source", ["/home/me/tiny", "/root/tiny"])
+@pytest.mark.parametrize("source", ["/home/me/tiny", "/root/tiny", "/inventories/demo/../../build/tiny"])
 def test_what_is_copied_may_lie_anywhere_on_the_controller(source: str) -> None:
+    """The last one as in the demo, which begins with its inventory_dir."""
     assert problems(model(source=source, copy=True), files=(f"{source}/config.json",)) == []
 
 
@@ -114,9 +115,10 @@ def test_no_models() -> None:
             for source in (
                 *("/home/me/tiny", "/home", "/root/tiny", "/run/user/1/tiny"),
                 *("/tmp/tiny", "/var/tmp/tiny"),  # noqa: S108 - nothing is written there
-                *("/srv/../home/tiny", "/home//tiny"),
+                *("/home//tiny", "/home/./tiny"),
             )
         ),
+        (model(source="/srv/../home/tiny"), "source", "'/srv/../home/tiny'", "give the folder's path without '..'"),
         *(
             (model(flags={spelled: 1}), f"flags.{spelled}", "is set by the role", f"use {ours} in its place")
             for flag, ours in _models.OWNED.items()
@@ -289,7 +291,7 @@ any_model = st.fixed_dictionaries(
 
 @given(st.lists(any_model, max_size=4), st.integers(-1, 66000))
 def test_any_models_are_accepted_or_refused_in_words(models: list[dict[str, Any]], port: int) -> None:
-    for found in _models.model_problems(models, port, lambda _path: True):
+    for found in _models.model_problems(models, port, {}, lambda _path: True):
         assert re.match(r"vllm_models(\[\d\])?[. ]", found)
         assert found.endswith(".")
         assert ": " in found
@@ -311,7 +313,7 @@ right_model = st.fixed_dictionaries(
 
 @given(st.lists(right_model, min_size=1, max_size=4))
 def test_accepted_models_make_instances_that_do_not_meet(models: list[dict[str, Any]]) -> None:
-    assume(_models.model_problems(models, 8000, lambda _path: True) == [])
+    assume(_models.model_problems(models, 8000, {}, lambda _path: True) == [])
     found = _models.instances(models, "127.0.0.1", 8000, 120)
     assert len({each["name"] for each in found}) == len(models)
     assert len({each["port"] for each in found}) == len(models)
@@ -519,3 +521,9 @@ def test_clients_that_systemd_does_not_take(client: str) -> None:
 @pytest.mark.parametrize(("size", "shown"), [(0, "0.0 GiB"), (2**30, "1.0 GiB"), (26843545600, "25.0 GiB")])
 def test_sizes_are_shown_in_gib(size: int, shown: str) -> None:
     assert _models.gib(size) == shown
+
+
+@pytest.mark.parametrize("name", ["1A", "A-B", "", "VLLM_API_KEY"])
+def test_environment_of_all_instances_is_checked(name: str) -> None:
+    (found,) = _models.model_problems([{"name": "a", "source": "o/m"}], 8000, {name: "x"}, lambda _path: True)
+    assert found.startswith(f"vllm_environment has {name!r}")

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.llmfleet.serving.plugins.module_utils import _host
 from ansible_collections.llmfleet.serving.plugins.modules import vllm_host_info
 
+ROOT = Path(__file__).parents[2]
 CLOSED_PORT_TABLE = """\
   sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
    0: 0100007F:1F40 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 11 1 0 100 0 0 10 0
@@ -65,7 +67,8 @@ def test_taken_port_is_told_with_the_program(run_module: Any, listener: socket.s
     with socket.create_server(("127.0.0.1", 0)) as other:
         free = port_of(other)
     found = run_module("vllm_host_info", {"ports": [port_of(listener), free]})["taken_ports"]
-    assert found == {str(port_of(listener)): Path("/proc/self/comm").read_text().strip()}
+    name = Path("/proc/self/comm").read_text().strip()
+    assert found == {str(port_of(listener)): f"{name} (pid {os.getpid()})"}
 
 
 def test_taken_port_on_ipv6(run_module: Any) -> None:
@@ -98,6 +101,7 @@ def test_program_that_is_not_to_be_seen(run_module: Any, listener: socket.socket
     done = subprocess.run(
         [sys.executable, "-c", program],
         input=f'{{"ANSIBLE_MODULE_ARGS": {{"ports": [{port_of(listener)}]}}}}',
+        env={**os.environ, "PYTHONPATH": str(ROOT / "collections")},
         capture_output=True,
         text=True,
         check=True,
@@ -106,21 +110,31 @@ def test_program_that_is_not_to_be_seen(run_module: Any, listener: socket.socket
 
 
 def test_listening_rows_only() -> None:
-    assert dict(vllm_host_info.listening(CLOSED_PORT_TABLE)) == {8000: "11"}
-    assert dict(vllm_host_info.listening("")) == {}
+    assert _host.listening(CLOSED_PORT_TABLE) == {"11": 8000}
+    assert _host.listening("") == {}
 
 
-def test_two_programs_on_one_port_of_two_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+def make_proc(folder: Path, table: str, groups: dict[str, str]) -> Path:
+    """A /proc in which a process for each socket inode, pid 10 and on, has these control groups."""
+    (folder / "net").mkdir(parents=True)
+    (folder / "net/tcp").write_text(table)
+    for pid, (inode, text) in enumerate(groups.items(), start=10):
+        (folder / f"{pid}/fd").mkdir(parents=True)
+        (folder / f"{pid}/fd/0").symlink_to("/dev/null")
+        (folder / f"{pid}/fd/3").symlink_to(f"socket:[{inode}]")
+        (folder / f"{pid}/comm").write_text("python3\n")
+        (folder / f"{pid}/cgroup").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_two_programs_on_one_port_of_two_addresses(tmp_path: Path, swapped: bool) -> None:
     """An instance of ours on one address does not hide another program on another one, whichever comes first."""
     row = CLOSED_PORT_TABLE.splitlines()[1]
-    table = "\n".join(["header", row, row.replace("0100007F", "0B014D0A").replace(" 11 ", " 13 ")])
-    owners = {"11": ("vllm", "0::/system.slice/vllm@tiny.service"), "13": ("other", "0::/system.slice/x.service")}
-    for swapped in (False, True):
-        lines = table.splitlines()
-        text = "\n".join([lines[0], *(reversed(lines[1:]) if swapped else lines[1:])])
-        monkeypatch.setattr(vllm_host_info, "content", lambda path, text=text: text if path.name == "tcp" else "")
-        monkeypatch.setattr(vllm_host_info, "owner", lambda inode: owners[inode])
-        assert vllm_host_info.taken_ports([8000]) == {"8000": "other"}
+    rows = [row, row.replace("0100007F", "0B014D0A").replace(" 11 ", " 13 ")]
+    table = "\n".join(["header", *(reversed(rows) if swapped else rows)])
+    proc = make_proc(tmp_path, table, {"11": "0::/system.slice/vllm@tiny.service", "13": "0::/system.slice/x.service"})
+    assert _host.taken_ports([8000], vllm_host_info.is_instance, proc) == {"8000": "python3 (pid 11)"}
 
 
 @pytest.mark.parametrize(
@@ -134,18 +148,29 @@ def test_two_programs_on_one_port_of_two_addresses(monkeypatch: pytest.MonkeyPat
         ("", False),
     ],
 )
-def test_instances_of_ours_do_not_take_their_ports(monkeypatch: pytest.MonkeyPatch, groups: str, ours: bool) -> None:
-    monkeypatch.setattr(vllm_host_info, "content", lambda path: CLOSED_PORT_TABLE if path.name == "tcp" else "")
-    monkeypatch.setattr(vllm_host_info, "owner", lambda _inode: ("python3", groups))
-    assert vllm_host_info.taken_ports([8000, 8001]) == ({} if ours else {"8000": "python3"})
+def test_instances_of_ours_do_not_take_their_ports(tmp_path: Path, groups: str, ours: bool) -> None:
+    proc = make_proc(tmp_path, CLOSED_PORT_TABLE, {"11": groups})
+    found = _host.taken_ports([8000, 8001], vllm_host_info.is_instance, proc)
+    assert found == ({} if ours else {"8000": "python3 (pid 10)"})
 
 
-def test_owner_is_found_by_the_socket(listener: socket.socket) -> None:
+def test_socket_that_a_second_process_of_ours_holds_is_ours(tmp_path: Path) -> None:
+    proc = make_proc(tmp_path, CLOSED_PORT_TABLE, {"11": "0::/init.scope", "12": "0::/system.slice/vllm@a.service"})
+    (proc / "11/fd/4").symlink_to("socket:[11]")
+    assert _host.taken_ports([8000], vllm_host_info.is_instance, proc) == {}
+
+
+def test_processes_that_end_meanwhile(tmp_path: Path) -> None:
+    proc = make_proc(tmp_path, CLOSED_PORT_TABLE, {"11": ""})
+    (proc / "10/comm").unlink()
+    (proc / "12").mkdir()
+    assert _host.taken_ports([8000], vllm_host_info.is_instance, proc) == {"8000": _host.UNSEEN}
+
+
+def test_holder_is_found_by_the_socket(listener: socket.socket) -> None:
     inode = os.readlink(f"/proc/self/fd/{listener.fileno()}").removeprefix("socket:[").removesuffix("]")
-    name, groups = vllm_host_info.owner(inode)
-    assert name == Path("/proc/self/comm").read_text().strip()
-    assert groups == Path("/proc/self/cgroup").read_text()
-    assert vllm_host_info.owner("0") == ("", "")
+    name, groups = (Path(f"/proc/self/{file}").read_text() for file in ("comm", "cgroup"))
+    assert _host.holders([inode, "0"]) == {inode: [_host.Program(os.getpid(), name.strip(), groups)], "0": []}
 
 
 @pytest.mark.parametrize(
@@ -183,6 +208,7 @@ def test_driver_version(run_module: Any, tmp_path: Path, text: str | None, versi
         (None, "unknown"),
     ],
 )
-def test_system(monkeypatch: pytest.MonkeyPatch, text: str | None, name: str) -> None:
-    monkeypatch.setattr(vllm_host_info, "content", lambda path: text if path == Path("/etc/os-release") else None)
-    assert vllm_host_info.system() == name
+def test_system(tmp_path: Path, text: str | None, name: str) -> None:
+    if text is not None:
+        (tmp_path / "os-release").write_text(text)
+    assert _host.system(tmp_path / "os-release") == name

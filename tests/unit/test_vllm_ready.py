@@ -209,6 +209,7 @@ def test_nobody_listens_yet(module: Module, systemd: Any) -> None:
 def test_something_else_listens(module: Module, greeting: bytes) -> None:
     """What is no HTTP is not healthy, whatever it says; whether a port is taken is found out before."""
     with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(10)
 
         def serve() -> None:
             with server.accept()[0] as connection:

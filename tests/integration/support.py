@@ -117,7 +117,10 @@ def client(address: str) -> Iterator[OpenAI]:
 
 
 def stream(api: OpenAI, model: str, tokens: int) -> list[tuple[float, str]]:
-    """When each piece of a streamed answer came, in seconds since the request, and what it was."""
+    """When each piece of a streamed answer came, in seconds since the request, and what it was.
+
+    The answer must be whole. It has fewer pieces than tokens, for the random model says tokens without text as well.
+    """
     start = time.monotonic()
     chunks = api.chat.completions.create(
         model=model,
@@ -127,11 +130,9 @@ def stream(api: OpenAI, model: str, tokens: int) -> list[tuple[float, str]]:
         stream=True,
         extra_body={"ignore_eos": True},
     )
-    return [
-        (time.monotonic() - start, chunk.choices[0].delta.content)
-        for chunk in chunks
-        if chunk.choices and chunk.choices[0].delta.content
-    ]
+    choices = [(time.monotonic() - start, chunk.choices[0]) for chunk in chunks if chunk.choices]
+    assert choices[-1][1].finish_reason == "length", "the answer has been cut"
+    return [(when, choice.delta.content) for when, choice in choices if choice.delta.content]
 
 
 def fetch(host: Host, url: str) -> str:

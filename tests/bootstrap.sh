@@ -14,7 +14,7 @@ if [ ${#missing[@]} -gt 0 ]; then
     command -v apt-get >/dev/null || { echo "Install these first, for there is no apt-get here: ${missing[*]}" >&2; exit 1; }
     echo "Installing ${missing[*]}"
     $sudo apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive $sudo apt-get install -qq --no-install-recommends "${missing[@]}" >/dev/null
+    $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends "${missing[@]}" >/dev/null
 fi
 
 # ansible-core 2.19 wants Python 3.11; where the system's is older, uv brings one.
@@ -23,9 +23,10 @@ if [ ! -x .venv/bin/python ]; then
         python3 -m venv .venv
     else
         python3 -m venv build/uv
-        build/uv/bin/pip install --quiet uv
+        build/uv/bin/pip install --quiet uv==0.13.8
         build/uv/bin/uv venv --seed --python 3.12 .venv
     fi
 fi
 echo "Installing Python packages into .venv"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement "$1"
+echo "install            passed  $SECONDS s"

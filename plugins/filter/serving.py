@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from ansible.errors import AnsibleFilterError
 from ansible_collections.llmfleet.serving.plugins.module_utils import _models
 
 
@@ -43,7 +44,7 @@ def disk_needs(
 
 def known_variables() -> set[str]:
     """Every variable that a role's argument_specs declares, and the few that belong to no role or that roles set."""
-    known = {"serving_secrets_dir", "vllm_instances", "nginx_endpoint"}
+    known = {"serving_secrets_dir", "vllm_instances"}
     for path in (Path(__file__).parents[2] / "roles").glob("*/meta/argument_specs.yml"):
         for entry in yaml.safe_load(path.read_text(encoding="utf-8"))["argument_specs"].values():
             known.update(entry.get("options", {}))
@@ -51,11 +52,16 @@ def known_variables() -> set[str]:
 
 
 def unknown_variables(names: Iterable[str]) -> list[str]:
-    """One line for each name that has a role's prefix and is none of its variables, with the nearest one that is."""
+    """One line for each name that has a role's prefix and is none of its variables, with the nearest one that is.
+
+    Other collections have variables that begin with nginx_: of these only what is nearly one of ours counts.
+    """
     known = known_variables()
     found = []
     for name in sorted(set(names) - known):
-        near = difflib.get_close_matches(name, known, n=1)
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.8 if name.startswith("nginx_") else 0.6)
+        if name.startswith("nginx_") and not near:
+            continue
         remedy = f"do you mean {near[0]}?" if near else "rename it, or take it out."
         found.append(f"{name} is no variable of this collection: {remedy}")
     return found
@@ -63,12 +69,19 @@ def unknown_variables(names: Iterable[str]) -> list[str]:
 
 def backends(engines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What nginx_backends takes, from the ``vllm_instances`` of all engines: an entry a model, with its replicas."""
-    servers: dict[str, list[str]] = {}
-    for engine in engines:
-        for instance in engine.get("vllm_instances", []):
-            host = f"[{instance['host']}]" if ":" in instance["host"] else instance["host"]
-            servers.setdefault(instance["model"], []).append(f"{host}:{instance['port']}")
-    return [{"model": model, "servers": found} for model, found in servers.items()]
+    engines = list(engines)
+    if unknown := [str(engine.get("inventory_hostname")) for engine in engines if "vllm_instances" not in engine]:
+        raise AnsibleFilterError(
+            f"A gateway has to know what runs on {', '.join(unknown)}: a run with --limit must include all engines."
+        )
+    found: dict[str, dict[str, Any]] = {}
+    for instance in (each for engine in engines for each in engine["vllm_instances"]):
+        host = f"[{instance['host']}]" if ":" in instance["host"] else instance["host"]
+        entry = found.setdefault(
+            instance["model"], {"model": instance["model"], "servers": [], "kind": instance["kind"]}
+        )
+        entry["servers"].append(f"{host}:{instance['port']}")
+    return list(found.values())
 
 
 class FilterModule:

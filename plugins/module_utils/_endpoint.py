@@ -82,13 +82,14 @@ class Options:
     timeout: float = 60
     closed_paths: list[str] = field(default_factory=list)
     spread_ratio: float = 0.1
+    embedding_models: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not URL.fullmatch(self.url):
             raise ValueError(f"url is {self.url!r}: it must be https://name or https://name:port, and no path")
         if not re.fullmatch(r"[!-~]+", self.api_key):
             raise ValueError("api_key is empty or has a space, a line end or a letter that no header carries")
-        if not self.models:
+        if not self.all_models:
             raise ValueError("models is empty: name at least one model")
         for path in self.closed_paths:
             if not re.fullmatch(r"/[!-~]*", path):
@@ -97,6 +98,10 @@ class Options:
             urlsplit(self.url).port  # noqa: B018 - ends in a ValueError when out of range
         except ValueError as error:
             raise ValueError(f"url: {error}") from None
+
+    @property
+    def all_models(self) -> list[str]:
+        return [*self.models, *self.embedding_models]
 
     @property
     def name(self) -> str:
@@ -260,6 +265,8 @@ class Endpoint:
                 self._check("models", self.models)
                 for model in self._options.models:
                     self._completion(model)
+                for model in self._options.embedding_models:
+                    self._check(f"embedding {model}", lambda model=model: self.embedding(model))
                 self._check("missing key", lambda: self.refused(None))
                 self._check("wrong key", lambda: self.refused(f"sk-{secrets.token_hex(16)}"))
                 for path in self._options.closed_paths:
@@ -320,7 +327,7 @@ class Endpoint:
                 seen = ", ".join(listed) or "nothing"
             except (ValueError, LookupError, TypeError):
                 raise CheckError("no list of models; is url an OpenAI-compatible endpoint?") from None
-        if missing := [model for model in self._options.models if model not in listed]:
+        if missing := [model for model in self._options.all_models if model not in listed]:
             raise CheckError(f"lists {seen}, not {', '.join(missing)}; correct models, or deploy what is missing")
         return f"lists {seen}"
 
@@ -343,8 +350,17 @@ class Endpoint:
                 reply.add(self._redact(event), moment)
         raise CheckError(f"the stream ended without [DONE] after {len(reply.times)} chunks; {LOGS}")
 
+    def embedding(self, model: str) -> str:
+        body = {"model": model, "input": PROMPT}
+        with self._request("POST", "/v1/embeddings", self._options.api_key, body) as response:
+            self._must_be_ok(response)
+            try:
+                return f"{len(json.loads(response.content)['data'][0]['embedding'])} dimensions"
+            except (ValueError, LookupError, TypeError):
+                raise CheckError(f"no embedding in the answer; {LOGS}") from None
+
     def refused(self, key: str | None) -> str:
-        chat = self._chat(self._options.models[0])
+        chat = self._chat(self._options.all_models[0])
         for method, path, body in (("GET", "/v1/models", None), ("POST", CHAT, chat)):
             with self._request(method, path, key, body) as response:
                 if (status := response.status_code) != UNAUTHORIZED:

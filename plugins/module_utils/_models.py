@@ -34,6 +34,7 @@ OWNED = {
     "api-key": "vllm_api_key",
     "shutdown-timeout": "vllm_shutdown_timeout",
     "config": "flags",
+    "hf-token": "vllm_hf_token",
 }
 FLOOR = Version("0.22.0")  # below it the API key can be bypassed: CVE-2026-48746
 ADVISED = Version("0.32.0")  # the last of the known denial-of-service fixes: PYSEC-2026-4344
@@ -95,7 +96,7 @@ def instances(models: Sequence[Mapping[str, Any]], host: str, port: int, shutdow
 
 def endpoints(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What others may know of instances: no config and no environment, which can hold secrets."""
-    return [{"model": each["name"], "host": each["host"], "port": each["port"]} for each in found]
+    return [{"model": each["name"], **{key: each[key] for key in ("host", "port", "kind")}} for each in found]
 
 
 def probes(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -250,13 +251,22 @@ def version_findings(
 
 
 def host_problems(
-    found: Sequence[Mapping[str, Any]], host: Mapping[str, Any], needs: Mapping[str, int], platform: str
+    found: Sequence[Mapping[str, Any]],
+    host: Mapping[str, Any],
+    needs: Mapping[str, int],
+    platform: str,
+    driver_branch: int = 0,
 ) -> list[str]:
     """What one engine host lacks. ``found`` are its instances, ``host`` is what vllm_host_info returned.
 
     ``needs`` maps a folder to the bytes that are to be written below it; folders of one file system add up.
+    ``driver_branch`` is the oldest NVIDIA driver that the engine's CUDA runs with, such as 580.
     """
-    return [*_missing(found, host), *_disk_problems(host["disks"], needs), *_driver_problems(host, platform)]
+    return [
+        *_missing(found, host),
+        *_disk_problems(host["disks"], needs),
+        *(_driver_problems(host["nvidia_driver_version"], driver_branch) if platform == "cuda" else ()),
+    ]
 
 
 def _missing(found: Sequence[Mapping[str, Any]], host: Mapping[str, Any]) -> Iterator[str]:
@@ -284,17 +294,22 @@ def _disk_problems(disks: Mapping[str, Mapping[str, int]], needs: Mapping[str, i
             )
 
 
-def _driver_problems(host: Mapping[str, Any], platform: str) -> Iterator[str]:
-    if platform == "cuda" and not host["nvidia_driver_version"]:
+def _driver_problems(version: str | None, branch: int) -> Iterator[str]:
+    if not version:
         yield (
             "vllm_platform is cuda, but no NVIDIA driver is loaded on this host: install one and reboot, "
             "so that nvidia-smi lists the GPUs, or set vllm_platform: cpu."
+        )
+    elif int(version.partition(".")[0]) < branch:
+        yield (
+            f"The NVIDIA driver is {version}, but the torch that vLLM brings needs {branch} or newer: "
+            "install such a driver, or set vllm_torch_backend to a CUDA version that it runs, such as cu129."
         )
 
 
 def client_problems(host: str, clients: Sequence[str], gateways_elsewhere: Sequence[str]) -> list[str]:
     """Whether the gateways can reach this engine, and nobody else can."""
-    return [*_host_problems(host, gateways_elsewhere), *_allowed_problems(clients)]
+    return [*_host_problems(host, gateways_elsewhere), *_allowed_problems(clients, gateways_elsewhere)]
 
 
 def _host_problems(host: str, gateways_elsewhere: Sequence[str]) -> Iterator[str]:
@@ -312,7 +327,12 @@ def _host_problems(host: str, gateways_elsewhere: Sequence[str]) -> Iterator[str
         )
 
 
-def _allowed_problems(clients: Sequence[str]) -> Iterator[str]:
+def _allowed_problems(clients: Sequence[str], gateways_elsewhere: Sequence[str]) -> Iterator[str]:
+    if gateways_elsewhere and not clients:
+        yield (
+            f"vllm_allowed_clients is empty, but {', '.join(gateways_elsewhere)} must reach this host: "
+            "set it to the gateways' addresses."
+        )
     for client in clients:
         try:
             ipaddress.ip_network(client, strict=False)

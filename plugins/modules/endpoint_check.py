@@ -31,10 +31,15 @@ options:
     type: str
     required: true
   models:
-    description: Names of the models that must be listed and must answer.
+    description: Names of the models that must be listed and must stream a chat completion.
     type: list
     elements: str
-    required: true
+    default: []
+  embedding_models:
+    description: Names of the models that must be listed and must answer with an embedding.
+    type: list
+    elements: str
+    default: []
   ca_path:
     description:
       - File with the authorities to trust, in PEM format.
@@ -142,7 +147,8 @@ checks:
   contains:
     name:
       description:
-        - V(connection), V(models), V(completion NAME) and V(streaming NAME) for each model, V(missing key),
+        - V(connection), V(models), V(completion NAME) and V(streaming NAME) or V(embedding NAME) for each
+          model, V(missing key),
           V(wrong key), V(closed path PATH) for each path.
       type: str
     ok:
@@ -222,7 +228,8 @@ def main() -> None:
         argument_spec={
             "url": {"type": "str", "required": True},
             "api_key": {"type": "str", "required": True, "no_log": True},
-            "models": {"type": "list", "elements": "str", "required": True},
+            "models": {"type": "list", "elements": "str", "default": []},
+            "embedding_models": {"type": "list", "elements": "str", "default": []},
             "ca_path": {"type": "path"},
             "address": {"type": "str"},
             "max_tokens": {"type": "int", "default": 48},

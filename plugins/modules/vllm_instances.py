@@ -116,8 +116,9 @@ def carry_out(module: AnsibleModule, plan: list[Step], units: dict[str, Unit], c
         (WANTS / unit_name(name)).unlink(missing_ok=True)
     module.run_command(["systemctl", "daemon-reload"], check_rc=True)
     systemctl("reset-failed", [name for name in names("start") if name in units and units[name].failed])
-    systemctl("start", names("start"))
-    systemctl("restart", names("restart"))
+    # All stop before the first one starts: with a model less the others may have changed places, and so ports.
+    systemctl("stop", names("restart"))
+    systemctl("start", names("restart") + names("start"))
     systemctl("enable", names("enable"))
 
 

@@ -188,7 +188,13 @@ def main() -> None:
             break
         time.sleep(PAUSE)
     last = {name: (journal(module.run_command, name, 1).strip()) for name in pending}
-    module.exit_json(changed=False, ready=not pending, waiting_for=last)
+    late = "; ".join(f"{name}: {line}" for name, line in last.items())
+    module.exit_json(
+        changed=False,
+        ready=not pending,
+        waiting_for=last,
+        msg=f"Not answering yet: {late}. vllm_start_timeout gives it longer." if late else "",
+    )
 
 
 if __name__ == "__main__":

@@ -8,4 +8,4 @@ for set in demo m-default m-fleet; do
     $sudo tests/hosts/hosts.py destroy --set $set
 done
 $sudo tests/hosts/hosts.py clean-cache
-rm -rf build inventories/demo/.secrets .venv
+rm -rf build inventories/demo/.secrets .ansible .hypothesis .pytest_cache .ruff_cache .venv

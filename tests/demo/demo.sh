@@ -19,7 +19,7 @@ curl --silent --show-error --no-buffer --cacert $ca --resolve llm.demo.test:443:
 say "Up in $((SECONDS - start)) s. Try it yourself, from this folder:"
 cat <<EOF
   curl --cacert $ca --resolve llm.demo.test:443:10.77.1.11 \\
-      --header "Authorization: Bearer \$(cat $key)" \\
+      --header @<(echo "Authorization: Bearer \$(cat $key)") \\
       --header "Content-Type: application/json" --data '{"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32}' \\
       https://llm.demo.test/v1/chat/completions
 

@@ -73,8 +73,7 @@ def apply(playbook: str = "site", *arguments: str, variables: dict[str, Any] | N
     return run
 
 
-@contextmanager
-def cut_short(when: Callable[[], bool], seconds: float) -> Iterator[None]:
+def cut_short(when: Callable[[], bool], seconds: float) -> None:
     """Run site.yml and kill it, with all its processes on the controller, as soon as ``when`` is true."""
     process = subprocess.Popen(
         command("site"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=PROJECT, start_new_session=True
@@ -86,7 +85,6 @@ def cut_short(when: Callable[[], bool], seconds: float) -> Iterator[None]:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    yield
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:

@@ -56,16 +56,39 @@ def test_openai_client_gets_a_stream(address: str) -> None:
 
 
 def test_no_key_is_to_be_seen(host: Host) -> None:
+    """All that holds a key is written anew in a run with -vvv, while somebody looks at the processes here and there."""
     keys = [support.secret("api_key"), support.secret("vllm_api_key")]
+    host.check_output("rm /etc/vllm/tiny.env /etc/nginx/llmfleet/secrets.conf")
+    host.check_output("systemd-run --unit look sh -c 'while sleep 0.1; do ps -eo args >> /root/seen; done'")
+    here: list[str] = []
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.1):
+            here.append(subprocess.run(["ps", "-eo", "args"], check=True, capture_output=True, text=True).stdout)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        run = support.apply("site", "-vvv", "--diff")
+    finally:
+        ended.set()
+        looking.join()
+    assert run.total("changed") > 0
+    assert here
     seen = {
-        "the output of a run with -vvv": support.apply("site", "-vvv", "--diff").output,
-        "the arguments of processes": host.check_output("ps -eo args"),
+        "the output of a run with -vvv": run.output,
+        "the arguments of processes on the controller": "".join(here),
+        "the arguments of processes on the host": host.check_output(
+            "systemctl stop look; cat /root/seen; rm /root/seen"
+        ),
         "the journal": host.check_output("journalctl --no-pager --all --output=verbose"),
         "files that everybody can read": host.check_output(
             f"find /etc /opt/vllm /opt/uv /run /tmp /var -xdev -type f -perm -o+r -size -10M "
             f"-exec grep -lF -e {shlex.quote(keys[0])} -e {shlex.quote(keys[1])} {{}} + || true"
         ),
     }
+    assert "vllm.entrypoints" in seen["the arguments of processes on the host"]
     assert [place for place, text in seen.items() if any(key in text for key in keys)] == []
     assert seen["files that everybody can read"] == ""
 
@@ -136,6 +159,7 @@ BAD_INPUT = {
     ),
     "an unknown key of a model": ({"vllm_models": [{"name": "a", "source": "o/m", "contxt": 1}]}, "contxt"),
     "too little disk": ({"vllm_version": "0.31.0", "vllm_required_free_bytes": 2**60}, "need 1073741824.0 GiB"),
+    "a port that nginx wants": ({"nginx_https_port": 8000}, "Port 8000 is wanted by nginx"),
     "no driver": ({"vllm_platform": "cuda"}, "no NVIDIA driver is loaded"),
     "no server name": ({"nginx_server_name": ""}, "nginx_server_name"),
 }
@@ -178,8 +202,8 @@ def test_uv_from_a_given_wheel(host: Host, tmp_path: Path) -> None:
 
 def test_run_cut_short_while_it_installs(host: Host) -> None:
     host.check_output(f"systemctl stop {UNIT} && rm -rf /opt/vllm/0.32.0")
-    with support.cut_short(lambda: host.run("pgrep -f 'uv pip install'").succeeded, 120):
-        host.run("pkill -KILL -f 'uv pip install'")
+    support.cut_short(lambda: host.run("pgrep -f 'uv pip install'").succeeded, 120)
+    assert host.run("pgrep -f 'uv pip install'").succeeded, "it should go on, for the next run to wait for"
     assert not host.file("/opt/vllm/0.32.0/recipe.txt").exists
     support.apply("site")
     assert host.file("/opt/vllm/0.32.0/recipe.txt").exists
@@ -198,8 +222,7 @@ def test_run_cut_short_while_it_copies_and_configures(host: Host) -> None:
 
 def test_run_cut_short_while_it_starts_a_model(host: Host) -> None:
     host.check_output(f"systemctl stop {UNIT}")
-    with support.cut_short(lambda: main_pid(host) != 0, 60):
-        pass
+    support.cut_short(lambda: main_pid(host) != 0, 60)
     again = support.apply("site")
     assert again.total("changed") == 0
     print(f"no-change run of one host: {again.tasks} tasks, {again.seconds:.1f} s, with the wait for the start")

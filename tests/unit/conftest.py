@@ -54,7 +54,10 @@ elif verb == "show":
     assert "--timestamp=us" in sys.argv and os.environ["TZ"] == "UTC", "what parse_show relies on"
     blocks = [[key + "=" + value for key, value in unit(name).items() if key in asked] for name in words]
     print("\\n\\n".join("\\n".join(block) for block in blocks))
-elif verb in ("start", "restart"):
+elif verb == "stop":
+    for name in words:
+        unit(name).update(ActiveState="inactive", SubState="dead")
+elif verb == "start":
     now = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=1)
     for name in words:
         unit(name).update(ActiveState="active", SubState="running",

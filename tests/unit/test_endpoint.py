@@ -51,6 +51,7 @@ class Server:
     bursts: int = 0  # so many replies are sent at once, later ones as ``block`` says
     chunks: int = CHUNKS
     listed: str = '{"data": [{"id": "other"}, {"id": "tiny"}]}'
+    embedding: str = '{"data": [{"embedding": [0.5, 0.25]}]}'
     without_key: int = 401
     wrong_key: int = 401
     answers: dict[str, int] = field(default_factory=dict)
@@ -78,7 +79,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         status = self.status()
-        if status == 200:
+        if status == 200 and self.path == "/v1/embeddings":
+            self.reply(status, self.behaviour.embedding)
+        elif status == 200:
             assert request["stream"]
             assert request["temperature"] > 0
             self.stream()
@@ -526,3 +529,15 @@ def test_module_without_requests(tmp_path: Path) -> None:
     assert "Failed to import the required Python library (requests)" in result.stdout
     wrong = ansible({**asdict(options(9, None)), "url": "http://llm.test"})
     assert "it must be https://name or https://name:port" in wrong.stdout
+
+
+def test_model_that_makes_embeddings_is_asked_for_one(folder: Path) -> None:
+    report = check(Server(), folder, models=[], embedding_models=["tiny"])
+    assert failed(report) == {}
+    assert {check.name: check.detail for check in report.checks}["embedding tiny"] == "2 dimensions"
+
+
+@pytest.mark.parametrize("answer", ["{}", '{"data": []}', "no"])
+def test_answer_without_an_embedding_is_found(folder: Path, answer: str) -> None:
+    report = check(Server(embedding=answer), folder, embedding_models=["tiny"])
+    assert failed(report)["embedding tiny"].startswith("no embedding in the answer")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ansible.errors import AnsibleFilterError
 from ansible_collections.llmfleet.serving.plugins.filter import serving
 from hypothesis import given
 from hypothesis import strategies as st
@@ -105,21 +106,34 @@ def test_demo_and_role_defaults_use_known_variables_only() -> None:
 
 
 def engine(*instances: tuple[str, str, int]) -> dict[str, Any]:
-    return {"vllm_instances": [{"model": model, "host": host, "port": port} for model, host, port in instances]}
+    kind = "completion"
+    return {
+        "vllm_instances": [
+            {"model": model, "host": host, "port": port, "kind": kind} for model, host, port in instances
+        ]
+    }
 
 
 def test_replicas_of_a_model_stand_together() -> None:
     engines = [
         engine(("tiny", "10.0.0.1", 8000), ("big", "10.0.0.1", 8001)),
-        {"inventory_hostname": "not set up yet"},
         engine(("big", "fd77::2", 8000)),
         engine(),
     ]
     assert serving.backends(engines) == [
-        {"model": "tiny", "servers": ["10.0.0.1:8000"]},
-        {"model": "big", "servers": ["10.0.0.1:8001", "[fd77::2]:8000"]},
+        {"model": "tiny", "servers": ["10.0.0.1:8000"], "kind": "completion"},
+        {"model": "big", "servers": ["10.0.0.1:8001", "[fd77::2]:8000"], "kind": "completion"},
     ]
     assert serving.backends([]) == []
+
+
+def test_gateway_that_does_not_know_all_engines_is_refused() -> None:
+    with pytest.raises(AnsibleFilterError, match="what runs on gpu2: a run with --limit must include all engines"):
+        serving.backends([engine(("tiny", "10.0.0.1", 8000)), {"inventory_hostname": "gpu2"}])
+
+
+def test_variables_of_other_collections_for_nginx_are_none_of_ours() -> None:
+    assert serving.unknown_variables(["nginx_vhosts", "nginx_upstreams"]) == []
 
 
 hosts = st.sampled_from(["10.0.0.1", "10.0.0.2", "fd77::1"])
@@ -209,5 +223,8 @@ def test_filters_run_in_templates(run_playbook: Any, tmp_path: Path) -> None:
         "client_problems": [],
         "version_findings": {"problems": [], "warnings": []},
         "unknown_variables": 1,
-        "backends": [{"model": "a", "servers": ["127.0.0.1:8000"]}, {"model": "b", "servers": ["127.0.0.1:8001"]}],
+        "backends": [
+            {"model": "a", "servers": ["127.0.0.1:8000"], "kind": "completion"},
+            {"model": "b", "servers": ["127.0.0.1:8001"], "kind": "completion"},
+        ],
     }

@@ -243,7 +243,7 @@ def test_hub_ids_that_look_like_the_models_folder(source: str) -> None:
 
 def test_outputs_for_others() -> None:
     found = _models.instances([model(environment={"TOKEN": "secret"}, flags={"seed": 1})], "10.0.0.1", 8000, 120)
-    assert _models.endpoints(found) == [{"model": "tiny", "host": "10.0.0.1", "port": 8000}]
+    assert _models.endpoints(found) == [{"model": "tiny", "host": "10.0.0.1", "port": 8000, "kind": "completion"}]
     assert _models.probes(found) == [{"name": "tiny", "host": "10.0.0.1", "port": 8000, "kind": "completion"}]
     assert _models.watched(found, "/etc/vllm", ["/unit", "/recipe"]) == [
         {
@@ -508,7 +508,37 @@ def test_right_addresses(address: str, clients: list[str], elsewhere: list[str])
     ],
 )
 def test_wrong_addresses(address: str, elsewhere: list[str], expected: str) -> None:
-    assert one(_models.client_problems(address, [], elsewhere)).startswith(expected)
+    assert one(_models.client_problems(address, ["10.0.0.2"], elsewhere)).startswith(expected)
+
+
+def test_gateways_that_no_rule_lets_in() -> None:
+    found = one(_models.client_problems("10.0.0.1", [], ["gw1"]))
+    assert found.startswith("vllm_allowed_clients is empty, but gw1 must reach this host: set it")
+
+
+GPU_HOST = {"taken_ports": {}, "files": {}, "disks": {}}
+
+
+@pytest.mark.parametrize(
+    ("version", "branch", "expected"),
+    [
+        (None, 580, "no NVIDIA driver is loaded on this host: install one"),
+        (
+            "570.133.20",
+            580,
+            "The NVIDIA driver is 570.133.20, but the torch that vLLM brings needs 580 or newer: install",
+        ),
+    ],
+)
+def test_drivers_that_do_not_do(version: str | None, branch: int, expected: str) -> None:
+    assert expected in one(
+        _models.host_problems([], {**GPU_HOST, "nvidia_driver_version": version}, {}, "cuda", branch)
+    )
+
+
+@pytest.mark.parametrize(("version", "branch"), [("580.159.04", 580), ("570.133.20", 0), ("610.1", 580)])
+def test_drivers_that_do(version: str, branch: int) -> None:
+    assert _models.host_problems([], {**GPU_HOST, "nvidia_driver_version": version}, {}, "cuda", branch) == []
 
 
 @pytest.mark.parametrize("client", ["gateway1", "gateway.example.org", "10.0.0.256", "10.0.0.0/33", "", "any"])

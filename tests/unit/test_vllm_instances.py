@@ -74,7 +74,7 @@ def test_newer_file_restarts_its_instance_and_no_other(module: Module, systemd: 
     systemd.unit("a", started=time.time() + 60)
     systemd.unit("b", started=time.time() - 60)
     assert steps(module("a", "b")) == [("restart", "b")]
-    assert systemd.calls == [["daemon-reload"], ["restart", "vllm@b.service"]]
+    assert systemd.calls == [["daemon-reload"], ["stop", "vllm@b.service"], ["start", "vllm@b.service"]]
     assert not module("a", "b")["changed"]
 
 
@@ -187,7 +187,7 @@ def test_failed_instance_is_started_again(module: Module, systemd: Any) -> None:
     assert ["reset-failed", "vllm@a.service"] in systemd.calls
 
 
-@pytest.mark.parametrize("verb", ["start", "restart", "enable", "disable", "daemon-reload"])
+@pytest.mark.parametrize("verb", ["start", "stop", "enable", "disable", "daemon-reload"])
 def test_failure_of_systemctl_is_told_and_mended_by_the_next_run(module: Module, systemd: Any, verb: str) -> None:
     write(systemd, "start", "restart", "enable", "gone")
     systemd.unit("restart", started=time.time() - 60)
@@ -220,3 +220,28 @@ def test_names_of_instances_come_from_files_and_links(systemd: Any, monkeypatch:
     (systemd.config_dir / "x.env").write_text("")
     monkeypatch.setattr(vllm_instances, "WANTS", systemd.wants)
     assert vllm_instances.present(systemd.config_dir) == {"a.b-c_d", "e.f"}
+
+
+def test_models_that_change_ports_all_stop_before_one_starts(module: Module, systemd: Any) -> None:
+    write(systemd, "a", "b")
+    for name in ("a", "b"):
+        systemd.unit(name, started=time.time() - 60)
+    assert steps(module("a", "b")) == [("restart", "a"), ("restart", "b")]
+    both = ["vllm@a.service", "vllm@b.service"]
+    assert systemd.calls == [["daemon-reload"], ["stop", *both], ["start", *both]]
+
+
+def test_check_mode_foresees_restarts_by_files_that_it_has_not_written(
+    run_module: Any, systemd: Any, module: Module
+) -> None:
+    write(systemd, "a", "b")
+    module("a", "b")
+    instances = [{"name": name, "paths": [str(path) for path in files_of(systemd.config_dir, name)]} for name in "ab"]
+    answer = run_module(
+        "vllm_instances",
+        {"instances": instances, "config_dir": str(systemd.config_dir), "changed": ["b"]},
+        patch={"WANTS": systemd.wants},
+        environment=systemd.environment,
+        check=True,
+    )
+    assert steps(answer) == [("restart", "b")]

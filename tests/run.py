@@ -79,7 +79,7 @@ def run(stage: Stage) -> Outcome:
     environment = {
         **os.environ,
         "NO_COLOR": "1",
-        "PYTEST_ADDOPTS": f"--junit-xml={stage.junit}" if stage.counts else "",
+        "PYTEST_ADDOPTS": f"-rP --junit-xml={stage.junit}" if stage.counts else "",
     }
     passed = failed = skipped = 0
     with stage.log.open("w", encoding="utf-8") as log:

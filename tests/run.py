@@ -46,6 +46,7 @@ class Outcome:
     passed: int
     failed: int
     skipped: int
+    failures: tuple[str, ...] = ()
 
 
 def molecule(scenario: str) -> Stage:
@@ -82,6 +83,7 @@ def run(stage: Stage) -> Outcome:
         "PYTEST_ADDOPTS": f"-rP --junit-xml={stage.junit}" if stage.counts else "",
     }
     passed = failed = skipped = 0
+    failures: list[str] = []
     with stage.log.open("w", encoding="utf-8") as log:
         for command in stage.commands:
             print("$", *command, file=log, flush=True)
@@ -91,11 +93,13 @@ def run(stage: Stage) -> Outcome:
             if stage.junit.exists() and stage.counts:
                 tests, bad, skipped = counted(stage.junit)
                 passed, failed = passed + tests - bad - skipped, failed + bad
+                failures += failed_tests(stage.junit)
                 stage.junit.rename(stage.junit.with_suffix(".done.xml"))
                 failed += bool(code and not bad)
             else:
                 passed, failed = passed + (code == 0), failed + (code != 0)
-    return Outcome(stage, time.monotonic() - start, passed, failed, skipped)
+                failures += [f"{' '.join(command)} ended with {code}"] if code else []
+    return Outcome(stage, time.monotonic() - start, passed, failed, skipped, tuple(failures))
 
 
 def counted(junit: Path) -> tuple[int, int, int]:
@@ -106,6 +110,15 @@ def counted(junit: Path) -> tuple[int, int, int]:
         sum(int(suite.get("failures", 0)) + int(suite.get("errors", 0)) for suite in suites),
         sum(int(suite.get("skipped", 0)) for suite in suites),
     )
+
+
+def failed_tests(junit: Path) -> list[str]:
+    """Names of the tests that failed, each with the first line of why."""
+    return [
+        f"{case.get('classname')}::{case.get('name')}: {(why.get('message') or '').partition(chr(10))[0][:200]}"
+        for case in ET.parse(junit).getroot().iter("testcase")  # noqa: S314 - pytest has just written it
+        for why in (*case.iter("failure"), *case.iter("error"))
+    ]
 
 
 def report(outcome: Outcome) -> None:
@@ -136,6 +149,12 @@ def main() -> int:
                 outcomes.append(outcome)
     failed = sum(outcome.failed for outcome in outcomes)
     print(f"All stages took {time.monotonic() - start:.1f} s")
+    for outcome in outcomes:
+        print(
+            *(f"FAILED {outcome.stage.name}: {failure}" for failure in outcome.failures),
+            sep="\n",
+            end="\n" * bool(outcome.failures),
+        )
     print(f"{sum(outcome.passed for outcome in outcomes)} passed, {failed} failed")
     return 1 if failed else 0
 

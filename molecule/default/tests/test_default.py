@@ -49,10 +49,10 @@ def test_only_ssh_http_and_https_are_open(host: Host) -> None:
 def test_openai_client_gets_a_stream(address: str) -> None:
     with support.client(address) as api:
         assert [model.id for model in api.models.list()] == ["tiny"]
-        pieces = support.stream(api, "tiny", 64)
-    times = [time for time, _ in pieces]
-    assert len(pieces) > 16
-    assert times[-1] - times[0] > 0.3 * times[-1], "the answer came in one burst"
+        # Long enough to go on for a second: of a short answer all pieces come within milliseconds.
+        times = [time for time, _ in support.stream(api, "tiny", 1500)]
+    assert len(times) > 100
+    assert times[0] < 0.6 * times[-1], "the answer came in one burst"
 
 
 def test_no_key_is_to_be_seen(host: Host) -> None:

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 sudo=$([ "$(id -u)" = 0 ] || echo sudo)
 
-packages=(curl debootstrap iproute2 iptables openssh-client python3-venv rsync systemd-container)
+packages=(curl debootstrap gcc iproute2 iptables libc6-dev openssh-client python3-venv rsync systemd-container)
 missing=()
 for package in "${packages[@]}"; do
     dpkg-query --show --showformat '${Status}' "$package" 2>/dev/null | grep -q 'install ok installed' || missing+=("$package")

@@ -1,19 +1,23 @@
 # Copyright: llmfleet developers
 # GNU General Public License v3.0+ (see LICENSE)
-"""The stand-in for the hub speaks the hub's protocol. `hf download` against it is tried where that is installed."""
+"""The stand-in for the hub speaks the hub's protocol: asked by hand, and by the hub's own client."""
 
 from __future__ import annotations
 
 import hashlib
+import http.client
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ HUB = Path(__file__).parents[1] / "hub" / "hub.py"
 CONFIG = b'{"model_type": "llama"}\n'
 WEIGHTS = bytes(range(256)) * 4096  # 1 MiB
 TOKEN = "hf_right"
+OUTSIDER = "hf_other"
 
 
 @pytest.fixture
@@ -211,11 +216,126 @@ def test_slow(root: Path) -> None:
         assert time.monotonic() - start >= 0.4  # half a second, less the rounding of the sleeps
 
 
-def test_huggingface_hub_downloads_a_snapshot(hub: str, root: Path, tmp_path: Path) -> None:
-    """Where the library is installed. It is not in requirements-test.in, because vLLM's own is what counts."""
-    pytest.importorskip("huggingface_hub")
-    script = "import sys, huggingface_hub as h; h.snapshot_download('acme/tiny', local_dir=sys.argv[1])"
-    environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "*"}
-    subprocess.run([sys.executable, "-c", script, str(tmp_path / "to")], env=environment, check=True)
-    for path in (root / "acme/tiny").rglob("*.*"):
-        assert (tmp_path / "to" / path.relative_to(root / "acme/tiny")).read_bytes() == path.read_bytes()
+def test_information_with_sizes(hub: str) -> None:
+    """`?blobs=true` is how a client learns the sizes without a request for each file."""
+    files = {
+        file.pop("rfilename"): file for file in json.loads(ask(f"{hub}/api/models/acme/tiny?blobs=true")[2])["siblings"]
+    }
+    blob = hashlib.sha1(b"blob %d\0" % len(CONFIG) + CONFIG).hexdigest()  # noqa: S324
+    assert files["config.json"] == {"size": len(CONFIG), "blobId": blob}
+    large = {"sha256": hashlib.sha256(WEIGHTS).hexdigest(), "size": len(WEIGHTS), "pointerSize": 134}
+    assert files["model.safetensors"]["lfs"] == large
+    assert all(set(file) == {"rfilename"} for file in json.loads(ask(f"{hub}/api/models/acme/tiny")[2])["siblings"])
+
+
+@pytest.mark.parametrize(
+    ("token", "closed", "private"),
+    [("", (401, "GatedRepo"), (401, "RepoNotFound")), (OUTSIDER, (403, "GatedRepo"), (404, "RepoNotFound"))],
+)
+def test_who_may_not_read(token: str, closed: tuple[int, str], private: tuple[int, str], root: Path) -> None:
+    """The hub does not tell strangers that a private repository exists."""
+    (root / "acme/closed").rename(root / "acme/private")
+    (root / "acme/tiny").rename(root / "acme/closed")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    arguments = ("--token", TOKEN, "--outsider", OUTSIDER, "--gated", "acme/closed", "--private", "acme/private")
+    with running(root, *arguments, "--listed") as hub:
+        for name, expected in (("closed", closed), ("private", private)):
+            status, answer, _ = ask(f"{hub}/acme/{name}/resolve/main/config.json", **headers)
+            assert (status, answer["X-Error-Code"]) == expected
+            assert ask(f"{hub}/acme/{name}/resolve/main/config.json", Authorization=f"Bearer {TOKEN}")[0] == 307
+        assert ask(f"{hub}/api/models/acme/closed", **headers)[0] == 200, "--listed"
+        assert ask(f"{hub}/api/models/acme/private", **headers)[0] == private[0]
+
+
+def test_large_files_come_from_the_cdn(root: Path) -> None:
+    with running(root, "--token", TOKEN, "--gated", "acme/tiny", "--cdn-port", "0") as hub:
+        bearer = {"Authorization": f"Bearer {TOKEN}"}
+        base = f"{hub}/acme/tiny/resolve/{json.loads(ask(f'{hub}/api/models/acme/tiny', **bearer)[2])['sha']}"
+        assert ask(f"{base}/config.json", **bearer)[2] == CONFIG
+        status, headers, body = ask(f"{base}/model.safetensors", **bearer)
+        assert (status, body) == (302, b"")
+        assert headers["X-Linked-Size"] == str(len(WEIGHTS))
+        assert headers["X-Linked-ETag"] == f'"{hashlib.sha256(WEIGHTS).hexdigest()}"'
+        elsewhere = headers["Location"]
+        assert not elsewhere.startswith(f"{hub}/")
+        assert ask(elsewhere)[2] == WEIGHTS
+        assert ask(elsewhere, Range="bytes=3-5")[2] == WEIGHTS[3:6]
+        assert ask(elsewhere, **bearer)[0] == 400, "the token is not for others"
+        assert ask(elsewhere.replace("acme/tiny", "acme/none"))[0] == 404
+        assert ask(elsewhere.replace("model.safetensors", "none"))[0] == 404
+
+
+@pytest.fixture
+def standin(root: Path) -> Iterator[Any]:
+    """The stand-in in this process, where its faults and what it was asked can be reached; ``url`` leads to it."""
+    spec = importlib.util.spec_from_file_location("hub", HUB)
+    assert spec
+    assert spec.loader
+    program = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = program  # dataclasses look themselves up there
+    spec.loader.exec_module(program)
+    program.Handler.log_message = lambda *_: None
+    program.hub = program.Hub(root)
+    with ExitStack() as servers:
+        server = servers.enter_context(program.Server(program.hub, "127.0.0.1", 0))
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        servers.callback(thread.join)
+        servers.callback(server.shutdown)
+        program.url = f"http://127.0.0.1:{server.server_address[1]}"
+        yield program
+
+
+def test_what_goes_wrong_on_demand(standin: Any) -> None:
+    file = f"{standin.url}/acme/tiny/resolve/{commit(standin.url)}/model.safetensors"
+    standin.hub.faults = [
+        standin.Fault("model.safetensors", 2, 429, "Busy", {"Retry-After": "7"}),
+        standin.Fault("model.safetensors", body=b"<html>"),
+        standin.Fault("model.safetensors", whole=True),
+        standin.Fault("model.safetensors", delay=0.2),
+        standin.Fault("model.safetensors", cut=70_000),
+    ]
+    for _ in range(2):
+        status, headers, _ = ask(file)
+        assert (status, headers["Retry-After"], headers["X-Error-Code"]) == (429, "7", "Busy")
+        assert ask(f"{standin.url}/api/models/acme/tiny")[0] == 200, "another path"
+    assert ask(file)[::2] == (200, b"<html>")
+    assert ask(file, Range="bytes=0-7")[::2] == (200, WEIGHTS)
+    began = time.monotonic()
+    assert ask(file, Range="bytes=0-7")[::2] == (206, WEIGHTS[:8])
+    assert time.monotonic() - began >= 0.2
+    with pytest.raises(http.client.IncompleteRead) as error:
+        ask(file)
+    assert error.value.partial == WEIGHTS[:70_000]
+    assert ask(file)[::2] == (200, WEIGHTS), "all faults are used up"
+
+
+def test_what_was_asked_is_kept(standin: Any) -> None:
+    file = f"/acme/tiny/resolve/{commit(standin.url)}/model.safetensors"
+    standin.hub.requests.clear()
+    ask(standin.url + file, Range="bytes=0-7", Authorization="Bearer x")
+    ask(standin.url + file, "HEAD")
+    get, head = standin.hub.requests
+    assert (get.method, get.path, get.status, get.sent) == ("GET", file, 206, 8)
+    assert (get.headers["Authorization"], get.headers["Range"]) == ("Bearer x", "bytes=0-7")
+    assert (head.method, head.status, head.sent) == ("HEAD", 200, 0)
+
+
+def test_requests_at_a_time_are_counted(standin: Any) -> None:
+    standin.hub.faults = [standin.Fault("/api/", 2, delay=0.5)]
+    with ThreadPoolExecutor() as pool:
+        assert [answer[0] for answer in pool.map(ask, [f"{standin.url}/api/models/acme/tiny"] * 2)] == [200, 200]
+    ask(f"{standin.url}/api/models/acme/tiny")
+    assert (standin.hub.busy, standin.hub.busiest) == (0, 2)
+
+
+@pytest.mark.parametrize("cdn", [[], ["--cdn-port", "0"]], ids=["", "cdn"])
+def test_huggingface_hub_downloads_a_snapshot(cdn: list[str], root: Path, tmp_path: Path) -> None:
+    """The version that model_info has; on engine hosts it is that of vLLM, which the fleet scenario runs."""
+    script = "import sys, huggingface_hub as h; h.snapshot_download('acme/closed', local_dir=sys.argv[1])"
+    with running(root, "--token", TOKEN, "--gated", "acme/closed", *cdn) as hub:
+        environment = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN, "NO_PROXY": "*"}
+        command = [sys.executable, "-c", script, str(tmp_path / "to")]
+        subprocess.run(command, env={**os.environ, **environment}, check=True)
+    for path in (root / "acme/closed").rglob("*.*"):
+        assert (tmp_path / "to" / path.relative_to(root / "acme/closed")).read_bytes() == path.read_bytes()

@@ -68,7 +68,7 @@ GROUPS: tuple[tuple[Stage, ...], ...] = (
         Stage("unit", (("pytest", "--quiet", "tests/unit"),), counts="unit"),
     ),
     (molecule("default"), molecule("fleet")),
-    (Stage("demo", (("pytest", "--quiet", "-s", "tests/demo"),), counts="demo"),),
+    (molecule("plan"), Stage("demo", (("pytest", "--quiet", "-s", "tests/demo"),), counts="demo")),
 )
 
 

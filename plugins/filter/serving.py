@@ -10,9 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import yaml
 from ansible.errors import AnsibleFilterError
-from ansible_collections.llmfleet.serving.plugins.module_utils import _models
+from ansible_collections.llmfleet.serving.plugins.module_utils import _models, _plans
+from ansible_collections.llmfleet.serving.plugins.module_utils._planner import report
 
 
 def model_problems(models: Sequence[Mapping[str, Any]], port: int, environment: Mapping[str, Any]) -> list[str]:
@@ -44,7 +46,7 @@ def disk_needs(
 
 def known_variables() -> set[str]:
     """Every variable that a role's argument_specs declares, and the few that belong to no role or that roles set."""
-    known = {"serving_secrets_dir", "vllm_instances"}
+    known = {"serving_plan_page", "serving_secrets_dir", "vllm_instances", "vllm_plans"}
     for path in (Path(__file__).parents[2] / "roles").glob("*/meta/argument_specs.yml"):
         for entry in yaml.safe_load(path.read_text(encoding="utf-8"))["argument_specs"].values():
             known.update(entry.get("options", {}))
@@ -84,6 +86,23 @@ def backends(engines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def plan_table(hosts: Mapping[str, Mapping[str, Any]], width: int = 80) -> list[str]:
+    return report.table(hosts, int(width))
+
+
+def plan_refusals(hosts: Mapping[str, Mapping[str, Any]], width: int = 80) -> list[str]:
+    return report.refusal_table(hosts, int(width))
+
+
+def plan_page(hosts: Mapping[str, Mapping[str, Any]]) -> str:
+    """Not by the module template, which escapes nothing: names and reasons are those of other people's models."""
+    folder = Path(__file__).parents[2] / "playbooks/templates"
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("plan.html.j2").render(report.page(hosts)) + "\n"
+
+
 class FilterModule:
     def filters(self) -> dict[str, Any]:
         return {
@@ -93,7 +112,12 @@ class FilterModule:
             "endpoints": _models.endpoints,
             "host_problems": _models.host_problems,
             "instances": _models.instances,
+            "lookups": _plans.lookups,
             "model_problems": model_problems,
+            "plan_page": plan_page,
+            "plan_refusals": plan_refusals,
+            "plan_request": _plans.plan_request,
+            "plan_table": plan_table,
             "probes": _models.probes,
             "unknown_variables": unknown_variables,
             "version_findings": _models.version_findings,

@@ -30,6 +30,12 @@ def system(os_release: Path = OS_RELEASE) -> str:
     return f"{values.get('ID', 'unknown')} {values.get('VERSION_ID', '')}".strip()
 
 
+def memory_bytes(proc: Path = PROC) -> int:
+    """The host's memory, used or not; 0 where the kernel does not tell."""
+    match = re.search(r"^MemTotal:\s+(\d+) kB$", content(proc / "meminfo") or "", re.MULTILINE)
+    return int(match[1]) * 1024 if match else 0
+
+
 def processes(proc: Path = PROC) -> Iterator[Path]:
     """The folders of all processes. One may be gone before it is looked into."""
     return (path for path in proc.iterdir() if path.name.isdigit())

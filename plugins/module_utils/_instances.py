@@ -25,6 +25,7 @@ SHOWN = (
     "ExecMainStartTimestamp",
     "NRestarts",
     "Result",
+    "InvocationID",
 )
 
 
@@ -33,7 +34,8 @@ class Unit:
     """What systemd says of one instance.
 
     ``started`` is when its main process began, in seconds since the epoch; ``restarting`` says that it has ended
-    by itself and systemd is about to start it again; ``restarts`` counts how often that has been.
+    by itself and systemd is about to start it again; ``restarts`` counts how often that has been. ``invocation`` is
+    what the journal knows this process by.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Unit:
     restarts: int
     result: str
     loaded: bool = True
+    invocation: str = ""
 
 
 def unit_name(name: str) -> str:
@@ -68,6 +71,7 @@ def parse_show(text: str) -> dict[str, Unit]:
                 started=parse_timestamp(values.get("ExecMainStartTimestamp", "")),
                 restarts=int(values.get("NRestarts") or 0),
                 result=values.get("Result", ""),
+                invocation=values.get("InvocationID", ""),
             )
     return units
 
@@ -108,6 +112,21 @@ def steps(wanted: Mapping[str, float], units: Mapping[str, Unit], present: Itera
         if unit is None or not unit.enabled:
             plan.append(Step(name, "enable", "it is not started at boot"))
     return plan
+
+
+def unmeasured(
+    wanted: Iterable[str], units: Mapping[str, Unit], plan: Iterable[Step], measured: Mapping[str, float]
+) -> list[str]:
+    """The instances whose process, as ``plan`` leaves it, has begun since it was last written down what it measured.
+
+    ``measured`` maps instances to when that was.
+    """
+    begun = {step.name for step in plan if step.action in ("start", "restart")}
+    return [
+        name
+        for name in wanted
+        if name in begun or (name in units and (units[name].started or 0.0) > measured.get(name, 0.0))
+    ]
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,19 @@ def model_path(model: Mapping[str, Any]) -> str:
     return f"{MODELS_DIR}/" + f"{source}@{model.get('revision') or 'main'}".replace("/", "--")
 
 
-def instances(models: Sequence[Mapping[str, Any]], host: str, port: int, shutdown_timeout: int) -> list[dict[str, Any]]:
-    """One instance for each model: where it listens, what it runs from, and vLLM's own config for it."""
+def instances(
+    models: Sequence[Mapping[str, Any]],
+    host: str,
+    port: int,
+    shutdown_timeout: int,
+    plans: Sequence[Mapping[str, Any]] = (),
+) -> list[dict[str, Any]]:
+    """One instance for each model: where it listens, what it runs from, and vLLM's own config for it.
+
+    ``plans`` are what engine_plan returned. A plan has been made from ``context`` and ``users``, so its flags count
+    more than these; the model's own flags, which it has been made from as well, come last as they are written.
+    """
+    planned = {answer["name"]: answer.get("plan") or {} for answer in plans}
     found = []
     for model, number in zip(models, _ports(models, int(port)), strict=True):
         config: dict[str, Any] = {
@@ -77,6 +88,9 @@ def instances(models: Sequence[Mapping[str, Any]], host: str, port: int, shutdow
             config["max-model-len"] = int(model["context"])
         if model.get("users"):
             config["max-num-seqs"] = int(model["users"])
+        plan = planned.get(model["name"]) or {}
+        # In an order of their own, so that a plan that has been stored gives the same file.
+        config.update({flag(name): value for name, value in sorted((plan.get("flags") or {}).items())})
         config.update({flag(name): value for name, value in (model.get("flags") or {}).items()})
         found.append(
             {
@@ -89,6 +103,7 @@ def instances(models: Sequence[Mapping[str, Any]], host: str, port: int, shutdow
                 "copy_from": model["source"] if model.get("copy") else "",
                 "kind": "embedding" if config.get("runner") == "pooling" else "completion",
                 "config": config,
+                "plan": plan,
             }
         )
     return found
@@ -167,6 +182,7 @@ def _problems(model: Mapping[str, Any], port: int, is_file: Callable[[str], bool
         yield from _folder_problems(model, is_file)
     else:
         yield from _hub_problems(model)
+    yield from _variant_problems(model)
     yield from _flag_problems(model)
 
 
@@ -202,6 +218,20 @@ def _hub_problems(model: Mapping[str, Any]) -> Iterator[str]:
         yield f"source is {source!r}: give a hub id such as Qwen/Qwen3-8B, or the absolute path of a folder."
     if not REVISION.fullmatch(revision):
         yield f"revision is {revision!r}: give a commit, a tag or a branch."
+
+
+def _variant_problems(model: Mapping[str, Any]) -> Iterator[str]:
+    for index, variant in enumerate(model.get("variants") or ()):
+        source = str(variant.get("source", ""))
+        at = f"variants[{index}]"
+        if is_folder(source):
+            if variant.get("revision"):
+                yield (
+                    f"{at}.revision is {variant['revision']!r}, but source {source} is a folder: "
+                    "only a hub has revisions."
+                )
+        else:
+            yield from (f"{at}.{problem}" for problem in _hub_problems({**variant, "copy": False}))
 
 
 def _flag_problems(model: Mapping[str, Any]) -> Iterator[str]:

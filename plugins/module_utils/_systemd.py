@@ -34,6 +34,13 @@ def journal(run: Run, name: str, lines: int) -> str:
     return run(command)[1]
 
 
+def journal_since_start(run: Run, unit: Unit) -> str:
+    """All that the instance has logged since its process began; empty where there is none."""
+    if not unit.invocation:
+        return ""
+    return run(["journalctl", "--no-pager", "--output=cat", f"_SYSTEMD_INVOCATION_ID={unit.invocation}"])[1]
+
+
 def failure(run: Run, name: str, what: str) -> dict[str, Any]:
     """What a module fails with when an instance does: the likely cause in the message, and the end of the journal."""
     log = journal(run, name, 300)

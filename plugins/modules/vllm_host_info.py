@@ -55,6 +55,18 @@ taken_ports:
   returned: always
   type: dict
   sample: {"8000": prometheus (pid 812)}
+memory_bytes:
+  description: The host's memory, used or not (C(MemTotal)).
+  returned: always
+  type: int
+  sample: 135043276800
+shm_bytes:
+  description:
+    - The size of C(/dev/shm), used or not, through which the processes of an engine on several GPUs speak.
+    - 0 where there is none.
+  returned: always
+  type: int
+  sample: 67521638400
 system:
   description: Name and version of the distribution, as C(ID) and C(VERSION_ID) of os-release have them.
   returned: always
@@ -72,10 +84,17 @@ import re
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.llmfleet.serving.plugins.module_utils._host import Program, content, system, taken_ports
+from ansible_collections.llmfleet.serving.plugins.module_utils._host import (
+    Program,
+    content,
+    memory_bytes,
+    system,
+    taken_ports,
+)
 from ansible_collections.llmfleet.serving.plugins.module_utils._instances import UNIT
 
 NVIDIA = Path("/proc/driver/nvidia/version")
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - measured, not written to
 
 
 def disk(path: Path) -> dict[str, int]:
@@ -83,6 +102,15 @@ def disk(path: Path) -> dict[str, int]:
         path = path.parent
     stat = os.statvfs(path)
     return {"free_bytes": stat.f_bavail * stat.f_frsize, "device": path.stat().st_dev}
+
+
+def size(path: Path) -> int:
+    """Bytes of a file system of its own; 0 where the folder is not there."""
+    try:
+        stat = os.statvfs(path)
+    except OSError:
+        return 0
+    return stat.f_blocks * stat.f_frsize
 
 
 def is_instance(program: Program) -> bool:
@@ -108,6 +136,8 @@ def main() -> None:
         disks={path: disk(Path(path)) for path in module.params["paths"]},
         files={path: content(Path(path)) for path in module.params["files"]},
         taken_ports=taken_ports(module.params["ports"], is_instance),
+        memory_bytes=memory_bytes(),
+        shm_bytes=size(SHARED_MEMORY),
         system=system(),
         nvidia_driver_version=nvidia_driver_version(),
     )

@@ -40,9 +40,13 @@ options:
     elements: str
     default: []
   config_dir:
-    description: Where C(<name>.yaml) and C(<name>.env) of the instances lie.
+    description: Where C(<name>.yaml), C(<name>.env) and C(<name>.plan.json) of the instances lie.
     type: path
     default: /etc/vllm
+  started_dir:
+    description: Where M(llmfleet.serving.vllm_started) writes C(<name>.json).
+    type: path
+    default: /var/lib/vllm/started
 """
 
 EXAMPLES = r"""
@@ -72,6 +76,14 @@ steps:
       description: The reason, for the operator.
       type: str
       sample: its files are newer than its process
+unmeasured:
+  description:
+    - Instances whose process has begun since M(llmfleet.serving.vllm_started) last read of them, whoever started it.
+    - It should read of them once they have answered.
+    - None in check mode.
+  returned: always
+  type: list
+  elements: str
 """
 
 from dataclasses import asdict
@@ -79,7 +91,14 @@ from math import inf
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.llmfleet.serving.plugins.module_utils._instances import UNIT, Step, Unit, steps, unit_name
+from ansible_collections.llmfleet.serving.plugins.module_utils._instances import (
+    UNIT,
+    Step,
+    Unit,
+    steps,
+    unit_name,
+    unmeasured,
+)
 from ansible_collections.llmfleet.serving.plugins.module_utils._systemd import failure, show
 
 WANTS = Path("/etc/systemd/system/multi-user.target.wants")
@@ -96,7 +115,20 @@ def present(config_dir: Path) -> set[str]:
     return enabled | {path.stem for path in config_dir.glob("*.yaml")}
 
 
-def carry_out(module: AnsibleModule, plan: list[Step], units: dict[str, Unit], config_dir: Path) -> None:
+def measured(started_dir: Path) -> dict[str, float]:
+    """When it was written down, of each instance, what its start has measured."""
+    return {path.stem: path.stat().st_mtime for path in started_dir.glob("*.json")}
+
+
+def files(name: str, config_dir: Path, started_dir: Path) -> list[Path]:
+    """What there is of an instance."""
+    own = [config_dir / f"{name}.{kind}" for kind in ("yaml", "env", "plan.json")]
+    return [*own, started_dir / f"{name}.json", WANTS / unit_name(name)]
+
+
+def carry_out(
+    module: AnsibleModule, plan: list[Step], units: dict[str, Unit], config_dir: Path, started_dir: Path
+) -> None:
     def names(action: str) -> list[str]:
         return [step.name for step in plan if step.action == action]
 
@@ -111,9 +143,8 @@ def carry_out(module: AnsibleModule, plan: list[Step], units: dict[str, Unit], c
     # After a run that was cut short there can be files of an instance that systemd knows nothing of.
     systemctl("disable", [name for name in names("remove") if name in units and units[name].loaded], "--now")
     for name in names("remove"):
-        (config_dir / f"{name}.yaml").unlink(missing_ok=True)
-        (config_dir / f"{name}.env").unlink(missing_ok=True)
-        (WANTS / unit_name(name)).unlink(missing_ok=True)
+        for path in files(name, config_dir, started_dir):
+            path.unlink(missing_ok=True)
     module.run_command(["systemctl", "daemon-reload"], check_rc=True)
     systemctl("reset-failed", [name for name in names("start") if name in units and units[name].failed])
     # All stop before the first one starts: with a model less the others may have changed places, and so ports.
@@ -132,10 +163,11 @@ def main() -> None:
             "instances": {"type": "list", "elements": "dict", "required": True, "options": instance},
             "changed": {"type": "list", "elements": "str", "default": []},
             "config_dir": {"type": "path", "default": "/etc/vllm"},
+            "started_dir": {"type": "path", "default": "/var/lib/vllm/started"},
         },
         supports_check_mode=True,
     )
-    config_dir = Path(module.params["config_dir"])
+    config_dir, started_dir = Path(module.params["config_dir"]), Path(module.params["started_dir"])
     changed = set(module.params["changed"])
     wanted = {
         item["name"]: inf if item["name"] in changed else newest_change(item["paths"])
@@ -145,11 +177,12 @@ def main() -> None:
     units = show(module.run_command, sorted(there | set(wanted)))
     plan = steps(wanted, units, there)
     if plan and not module.check_mode:
-        carry_out(module, plan, units, config_dir)
+        carry_out(module, plan, units, config_dir, started_dir)
     lines = [f"{step.action} {unit_name(step.name)}: {step.why}\n" for step in plan]
     module.exit_json(
         changed=bool(plan),
         steps=[asdict(step) for step in plan],
+        unmeasured=[] if module.check_mode else unmeasured(wanted, units, plan, measured(started_dir)),
         diff={"before": "", "after": "".join(lines)},
     )
 

@@ -76,10 +76,11 @@ state_file.write_text(json.dumps(state))
 sys.exit(code)
 """
 
-# A stand-in for journalctl: the last lines of the unit's file.
+# A stand-in for journalctl: the last lines of the unit's file, or all lines of a process of it.
 JOURNALCTL = """#!/bin/sh
+lines=+1
 while [ $# -gt 0 ]; do
-  case $1 in --lines) lines=$2; shift;; --unit) unit=$2; shift;; esac
+  case $1 in --lines) lines=$2; shift;; --unit) unit=$2; shift;; _SYSTEMD_INVOCATION_ID=*) unit=${{1#*=}};; esac
   shift
 done
 tail -n "$lines" "{folder}/$unit.journal" 2>/dev/null
@@ -140,6 +141,7 @@ class Systemd:
             "ActiveState": "active",
             "SubState": "running",
             "UnitFileState": "enabled",
+            "InvocationID": f"process-of-{name}",
         }
         state = self._read()
         state["units"][shown["Id"]] = {**shown, **properties}
@@ -158,8 +160,11 @@ class Systemd:
         state["later"].append([shows, f"vllm@{name}.service", properties])
         self._write(state)
 
-    def log(self, name: str, *lines: str) -> None:
-        (self.folder / f"vllm@{name}.service.journal").write_text("".join(f"{line}\n" for line in lines))
+    def log(self, name: str, *lines: str, before: tuple[str, ...] = ()) -> None:
+        """What its process has logged, and in the unit's journal what processes ``before`` it have."""
+        (self.folder / f"process-of-{name}.journal").write_text("".join(f"{line}\n" for line in lines))
+        both = (*before, *lines)
+        (self.folder / f"vllm@{name}.service.journal").write_text("".join(f"{line}\n" for line in both))
 
     @property
     def calls(self) -> list[list[str]]:

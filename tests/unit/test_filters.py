@@ -193,6 +193,11 @@ def test_filters_run_in_templates(run_playbook: Any, tmp_path: Path) -> None:
         "disk_needs": "{{ found | llmfleet.serving.disk_needs(host, '/opt', 5) }}",
         "host_problems": "{{ found | llmfleet.serving.host_problems(host, {'/opt': 5}, 'cuda') | length }}",
         "client_problems": "{{ '127.0.0.1' | llmfleet.serving.client_problems(['10.0.0.1'], []) }}",
+        "lookups": "{{ models | llmfleet.serving.lookups('', 'host1') | map(attribute='key') }}",
+        "plan_request": "{{ (models | llmfleet.serving.plan_request(looked_up, host, {}, 5)).host }}",
+        "plan_page": "{{ {'a': vllm_plans} | llmfleet.serving.plan_page | length > 1000 }}",
+        "plan_refusals": "{{ {'a': vllm_plans} | llmfleet.serving.plan_refusals(72) | first }}",
+        "plan_table": "{{ {'a': vllm_plans} | llmfleet.serving.plan_table(72) | last }}",
         "version_findings": "{{ '0.32.0' | llmfleet.serving.version_findings([], []) }}",
         "unknown_variables": "{{ ['vllm_model'] | llmfleet.serving.unknown_variables | length }}",
         "backends": "{{ [{'vllm_instances': found | llmfleet.serving.endpoints}] | llmfleet.serving.backends }}",
@@ -200,12 +205,19 @@ def test_filters_run_in_templates(run_playbook: Any, tmp_path: Path) -> None:
     variables = {
         "models": [{"name": "a", "source": "org/a", "users": 4}, {"name": "b", "source": "/srv/b"}],
         "found": "{{ models | llmfleet.serving.instances('127.0.0.1', 8000, 120) }}",
+        "looked_up": [
+            {"item": {"where": where, "source": source, "revision": revision, "path": path}, "model": {"files": []}}
+            for where, source, revision, path in (("hub", "org/a", "main", ""), ("host", "", "", "/srv/b"))
+        ],
         "host": {
-            "disks": {"/opt": {"free_bytes": 9, "device": 1}},
+            "disks": {path: {"free_bytes": 9, "device": 1} for path in ("/opt", "/var/lib/vllm/models")},
+            "memory_bytes": 7,
+            "shm_bytes": 6,
             "files": {},
             "taken_ports": {"8001": "x"},
             "nvidia_driver_version": None,
         },
+        "vllm_plans": {"plans": [{"name": "a", "refusal": {"reason": "It does not fit."}}]},
         "result": result,
     }
     task = {"ansible.builtin.copy": {"content": "{{ result | to_json }}", "dest": str(tmp_path / "result")}}
@@ -221,6 +233,11 @@ def test_filters_run_in_templates(run_playbook: Any, tmp_path: Path) -> None:
         "disk_needs": {"/opt": 5, "/var/lib/vllm/models": 0},
         "host_problems": 3,
         "client_problems": [],
+        "lookups": ["org/a at main", "/srv/b on host1"],
+        "plan_request": {"ram_bytes": 7, "shm_bytes": 6, "disk_bytes": 4},
+        "plan_page": True,
+        "plan_refusals": "1 instance does not fit.",
+        "plan_table": "does not fit.",
         "version_findings": {"problems": [], "warnings": []},
         "unknown_variables": 1,
         "backends": [

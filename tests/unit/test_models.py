@@ -56,6 +56,8 @@ def one(found: list[str]) -> str:
         model(flags={"gpu-memory-utilization": 0.9, "enforce_eager": True, "hf-overrides": {"a": None}}),
         model(environment={"VLLM_CPU_KVCACHE_SPACE": 1, "_x": ""}),
         model(copy=False, source="/srv/tiny"),
+        model(variants=[{"source": "org/tiny-AWQ", "revision": "v1"}, {"source": "/srv/tiny-fp8"}]),
+        model(variants=None),
     ],
 )
 def test_right_models_are_accepted(right: dict[str, Any]) -> None:
@@ -124,6 +126,9 @@ def test_no_models() -> None:
             for flag, ours in _models.OWNED.items()
             for spelled in {flag, flag.replace("-", "_")}
         ),
+        (model(variants=[{"source": "a/b"}, {"source": "b"}]), "variants[1].source", "'b'", "a hub id such as"),
+        (model(variants=[{"source": "a/b", "revision": "a b"}]), "variants[0].revision", "'a b'", "a commit, a tag"),
+        (model(variants=[{"source": "/a", "revision": "v1"}]), "variants[0].revision", "'v1'", "only a hub has"),
         (model(flags={"dtype": None}), "flags.dtype", "has no value", "give it one, or leave it out"),
         (model(flags={"kv-cache-dtype": 1, "kv_cache_dtype": 2}), "flags", "kv-cache-dtype twice", "with '-' and"),
         (model(context=8, flags={"max_model_len": 9}), "flags.max_model_len", "9, and context is 8", "keep one"),
@@ -183,6 +188,7 @@ def test_instance_of_a_hub_model() -> None:
             "port": 8000,
             "shutdown-timeout": 120,
         },
+        "plan": {},
     }
 
 
@@ -208,6 +214,41 @@ def test_config_has_what_the_model_says_by_the_names_of_vllm() -> None:
         "enforce-eager": True,
         "hf-overrides": {"a_b": 1},
     }
+
+
+def planned(**flags: Any) -> list[dict[str, Any]]:
+    return [{"name": "other", "refusal": {}}, {"name": "tiny", "plan": {"name": "tiny", "flags": flags}}]
+
+
+def config_of(*plans: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    (found,) = _models.instances([model(**changes)], "::1", 8000, 120, plans)
+    return {key: found["config"][key] for key in list(found["config"])[5:]}
+
+
+def test_flags_of_the_plan_stand_below_the_users_own() -> None:
+    plan = planned(max_model_len=4096, max_num_seqs=4, dtype="bfloat16", max_num_batched_tokens=8192)
+    found = config_of(*plan, context=4096, users=8, flags={"max-num-batched-tokens": "8k", "seed": 1})
+    assert found == {
+        "max-model-len": 4096,
+        "max-num-seqs": 4,
+        "dtype": "bfloat16",
+        "max-num-batched-tokens": "8k",
+        "seed": 1,
+    }
+
+
+def test_plan_that_was_stored_gives_the_same_file() -> None:
+    """Whatever has become of the order of its keys: a file in another order would restart the engine."""
+    fresh = planned(max_model_len=4096, gpu_memory_utilization=0.9, dtype="bfloat16")
+    (stored,) = fresh[1:]
+    stored = {"name": "tiny", "plan": {"flags": dict(sorted(stored["plan"]["flags"].items()))}}
+    assert list(config_of(*fresh)) == list(config_of(stored))
+
+
+def test_model_without_a_plan_runs_by_its_own_flags() -> None:
+    assert config_of(users=2) == config_of({"name": "tiny", "refusal": {"reason": "x"}}, users=2) == {"max-num-seqs": 2}
+    (found,) = _models.instances([model()], "::1", 8000, 120, planned(seed=1)[:1])
+    assert found["plan"] == {}
 
 
 def test_ports_count_from_the_first_and_a_given_one_stays() -> None:

@@ -63,6 +63,16 @@ def test_folder_that_is_not_there_yet_counts_for_its_parent(run_module: Any, tmp
     assert not (tmp_path / "a").exists()
 
 
+def test_memory_and_shared_memory(run_module: Any, tmp_path: Path) -> None:
+    found = run_module("vllm_host_info", {})
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert found["memory_bytes"] == pytest.approx(total, rel=0.01)
+    mounted = os.statvfs("/dev/shm")  # noqa: S108 - measured, not written to
+    assert found["shm_bytes"] == mounted.f_blocks * mounted.f_frsize
+    assert run_module("vllm_host_info", {}, patch={"SHARED_MEMORY": tmp_path / "no"})["shm_bytes"] == 0
+    assert _host.memory_bytes(tmp_path) == 0
+
+
 def test_taken_port_is_told_with_the_program(run_module: Any, listener: socket.socket) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         free = port_of(other)

@@ -23,13 +23,17 @@ def module(run_module: Any, systemd: Any) -> Module:
         instances = [{"name": name, "paths": [str(path) for path in paths or files_of(folder, name)]} for name in names]
         return run_module(
             "vllm_instances",
-            {"instances": instances, "config_dir": str(folder)},
+            {"instances": instances, "config_dir": str(folder), "started_dir": str(started_dir(systemd))},
             patch={"WANTS": systemd.wants},
             environment=systemd.environment,
             check=check,
         )
 
     return run
+
+
+def started_dir(systemd: Any) -> Path:
+    return systemd.folder / "started"
 
 
 def files_of(folder: Path, name: str) -> list[Path]:
@@ -170,6 +174,33 @@ def test_removal_comes_before_starts_and_needs_the_unit_reread(module: Module, s
     systemd.unit("old")
     module("new")
     assert [call[0] for call in systemd.calls] == ["disable", "daemon-reload", "start", "enable"]
+
+
+def test_process_that_nobody_has_measured_is_told_whoever_started_it(module: Module, systemd: Any) -> None:
+    for name in ("known", "by-hand", "never"):
+        systemd.unit(name, started=time.time() - 60)
+    systemd.unit("stopped", ActiveState="inactive", SubState="dead")
+    started_dir(systemd).mkdir()
+    for name in ("known", "by-hand", "stopped"):
+        (started_dir(systemd) / f"{name}.json").write_text("{}")
+    os.utime(started_dir(systemd) / "by-hand.json", (time.time() - 120,) * 2)
+    names = ("known", "by-hand", "never", "stopped")
+    assert module(*names, check=True)["unmeasured"] == []
+    answer = module(*names)
+    assert steps(answer) == [("start", "stopped")]
+    assert answer["unmeasured"] == ["by-hand", "never", "stopped"]
+
+
+def test_what_was_planned_and_measured_goes_with_the_instance(module: Module, systemd: Any) -> None:
+    write(systemd, "a", "gone")
+    started_dir(systemd).mkdir()
+    for name in ("a", "gone"):
+        (systemd.config_dir / f"{name}.plan.json").write_text("{}")
+        (started_dir(systemd) / f"{name}.json").write_text("{}")
+        systemd.unit(name)
+    module("a")
+    assert {path.name for path in systemd.config_dir.iterdir()} == {"a.yaml", "a.env", "a.plan.json"}
+    assert [path.name for path in started_dir(systemd).iterdir()] == ["a.json"]
 
 
 def test_folders_that_are_not_there(module: Module, systemd: Any) -> None:

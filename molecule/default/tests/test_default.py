@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -39,6 +40,14 @@ def test_engine_runs_unprivileged(host: Host) -> None:
     assert host.service(UNIT).is_running
     assert host.service(UNIT).is_enabled
     assert host.process.get(pid=main_pid(host)).user == "vllm"
+
+
+def test_start_is_written_down(host: Host) -> None:
+    """Of real vLLM, whose words for it change from version to version. On the CPU there is no plan to compare with."""
+    started = json.loads(host.file("/var/lib/vllm/started/tiny.json").content_string)
+    assert started["measured"]["kv_cache_tokens"] > 2048
+    assert started["measured"]["max_model_len"] == 2048
+    assert started["compared"] == []
 
 
 def test_only_ssh_http_and_https_are_open(host: Host) -> None:
@@ -137,6 +146,7 @@ def test_second_model(host: Host, models: dict[str, Any]) -> None:
     assert not host.service("vllm@second.service").is_running
     assert not host.file("/etc/vllm/second.yaml").exists
     assert not host.file("/etc/vllm/second.env").exists
+    assert not host.file("/var/lib/vllm/started/second.json").exists
 
 
 BAD_INPUT = {

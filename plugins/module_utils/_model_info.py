@@ -21,7 +21,7 @@ from ansible_collections.llmfleet.serving.plugins.module_utils._checkpoint impor
 from ansible_collections.llmfleet.serving.plugins.module_utils._planner import (
     architecture,
     kv_cache,
-    quantization,
+    search,
     weights,
 )
 from ansible_collections.llmfleet.serving.plugins.module_utils._planner.errors import PlanError, UnknownArchitecture
@@ -56,8 +56,8 @@ def look(store: Store, source: str, revision: str | None) -> tuple[dict[str, Any
 
 def describe(found: Checkpoint) -> dict[str, Any]:
     """What the planner computes: the only place that calls it."""
-    model = architecture.parse(found.config)
-    packed = quantization.parse(found.config)
+    parsed = search.parse_model({"config": found.config})
+    model, packed = parsed.architecture, parsed.quantization
     return {
         "architecture": model.name,
         "parameters": weights.parameters(model),

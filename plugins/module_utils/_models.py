@@ -91,7 +91,10 @@ def instances(
         plan = planned.get(model["name"]) or {}
         # In an order of their own, so that a plan that has been stored gives the same file.
         config.update({flag(name): value for name, value in sorted((plan.get("flags") or {}).items())})
-        config.update({flag(name): value for name, value in (model.get("flags") or {}).items()})
+        own = {flag(name): value for name, value in (model.get("flags") or {}).items()}
+        if plan and str(own.get("max-model-len")) in ("auto", "-1"):
+            del own["max-model-len"]  # the plan has found out how long it can be
+        config.update(own)
         found.append(
             {
                 "name": model["name"],

@@ -25,9 +25,11 @@ from hypothesis import settings
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "collections"))
 
-# The tests share two cores with whatever else runs: no test fails for being slow once.
-settings.register_profile("house", deadline=None, database=None)
-settings.load_profile("house")
+# The tests share two cores with whatever else runs: no test fails for being slow once. The same examples each time, so
+# that a change is what makes a test fail; HYPOTHESIS_PROFILE=search looks for others.
+settings.register_profile("house", deadline=None, database=None, derandomize=True)
+settings.register_profile("search", deadline=None, database=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "house"))
 
 # A stand-in for systemctl: plays the units of systemd.json, changes them as systemd would, and records each call.
 SYSTEMCTL = """#!{python} -IS

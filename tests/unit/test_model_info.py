@@ -562,22 +562,29 @@ def test_branch_that_has_moved_on_is_read_anew(serving: Served) -> None:
     assert after["revision"] == commit_of(serving) != before["revision"]
 
 
-def test_without_a_network_a_branch_is_what_it_was(serving: Served) -> None:
+def warned(answer: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> str:
+    """A module's warnings: in its answer, or on stderr where something before has made this process a controller."""
+    return f"{answer.get('warnings')} {capfd.readouterr().err}"
+
+
+def test_without_a_network_a_branch_is_what_it_was(serving: Served, capfd: pytest.CaptureFixture[str]) -> None:
     first = serving()
     no_network(serving)
     second = serving()
     assert second["model"] == first["model"]
-    (warning,) = second["warnings"]
+    warning = warned(second, capfd)
     assert f"{serving.url} refuses connections" in str(warning)
     assert f"'main' is what it was at the last look, {first['model']['revision']}" in str(warning)
     assert "refuses connections: check vllm_hf_endpoint" in serving(revision="v2")["msg"]
     assert serving(cache_dir=str(serving.cache / "other"))["failed"]
 
 
-def test_hub_that_is_down_is_as_good_as_none_but_a_no_is_a_no(serving: Served) -> None:
+def test_hub_that_is_down_is_as_good_as_none_but_a_no_is_a_no(
+    serving: Served, capfd: pytest.CaptureFixture[str]
+) -> None:
     serving()
     serving.hub.faults = [Fault("/api/", 99, 503)]
-    assert "answers 503" in str(serving()["warnings"])
+    assert "answers 503" in warned(serving(), capfd)
     serving.hub.faults = [Fault("/api/", 99, 404, "RepoNotFound")]
     assert "does not have (404)" in serving()["msg"]
 

@@ -237,6 +237,12 @@ def test_flags_of_the_plan_stand_below_the_users_own() -> None:
     }
 
 
+@pytest.mark.parametrize("value", ["auto", -1])
+def test_length_that_is_left_to_the_plan_is_the_plans(value: object) -> None:
+    assert config_of(*planned(max_model_len=4096), flags={"max_model_len": value})["max-model-len"] == 4096
+    assert config_of(flags={"max_model_len": value})["max-model-len"] == value
+
+
 def test_plan_that_was_stored_gives_the_same_file() -> None:
     """Whatever has become of the order of its keys: a file in another order would restart the engine."""
     fresh = planned(max_model_len=4096, gpu_memory_utilization=0.9, dtype="bfloat16")

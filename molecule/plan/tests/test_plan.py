@@ -159,7 +159,7 @@ def test_host_without_a_gpu_is_refused(cards: Host) -> None:
     cards.check_output("sed -i '/^.gpu/,$d' /srv/cards")
     run = support.play("plan", "--limit", "one")
     assert run.code != 0
-    assert "no GPU that vLLM can use" in words(run)
+    assert "no GPU that the planner can use" in words(run)
 
 
 def test_without_a_plan_nothing_is_looked_at() -> None:

@@ -34,7 +34,6 @@ GUARD_FRACTION = 0.01
 GUARD_BYTES = 300 * MIB
 UTILIZATION_STEPS = 1000
 MOST_SETS = 2000
-REVISION = 1  # of the formulae: another one makes all plans anew
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ def plans(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [answer["plan"] for answer in answers]
 
 
-@settings(max_examples=50)
+@settings(max_examples=20)
 @given(
     st.lists(
         st.tuples(st.sampled_from(sorted(MODELS)), st.none() | st.integers(1, 64), st.none() | st.integers(256, 16384)),

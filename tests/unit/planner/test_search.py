@@ -202,11 +202,10 @@ def test_the_fewest_gpus_then_tensor_then_pipeline() -> None:
 
 
 def test_smaller_batches_come_before_eager_and_eager_last() -> None:
-    roomy = plan(LLAMA, [gpu(80)], users=16, context=8192)
-    assert roomy["flags"]["max_num_batched_tokens"] == 8192
-    need = plan(LLAMA, [gpu(80)], users=16, context=8192, flags={"max_num_batched_tokens": 2048})["memory"][0]
-    tight = sum(need[part] for part in PARTS[:6]) + 17 * GIB
-    small = plan(LLAMA, [gpu(80, free_bytes=tight)], users=16, context=8192)
+    model, asked = "mistralai/Mixtral-8x7B-v0.1", {"users": 16, "context": 8192}
+    assert plan(model, [gpu(141)], **asked)["flags"]["max_num_batched_tokens"] == 8192
+    need = plan(model, [gpu(141)], **asked, flags={"max_num_batched_tokens": 2048})["memory"][0]
+    small = plan(model, [gpu(141, free_bytes=sum(need[part] for part in PARTS[:6]) + int(17.8 * GIB))], **asked)
     assert small["flags"]["max_num_batched_tokens"] < 8192
     assert "enforce_eager" not in small["flags"]
     assert any("not vLLM's default of 8192" in reason for reason in small["reasons"])

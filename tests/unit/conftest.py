@@ -31,6 +31,12 @@ settings.register_profile("house", deadline=None, database=None, derandomize=Tru
 settings.register_profile("search", deadline=None, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "house"))
 
+
+def warned(answer: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> str:
+    """A module's warnings: in its answer, or on stderr where something before has made this process a controller."""
+    return f"{answer.get('warnings')} {capfd.readouterr().err}"
+
+
 # A stand-in for systemctl: plays the units of systemd.json, changes them as systemd would, and records each call.
 SYSTEMCTL = """#!{python} -IS
 import datetime, json, os, pathlib, sys

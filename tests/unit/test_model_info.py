@@ -31,6 +31,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 from ansible_collections.llmfleet.serving.plugins.module_utils import _checkpoint, _hub, _model_info
+from conftest import warned
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -560,11 +561,6 @@ def test_branch_that_has_moved_on_is_read_anew(serving: Served) -> None:
     after = serving()["model"]
     assert (before["max_position_embeddings"], after["max_position_embeddings"]) == (4096, 8192)
     assert after["revision"] == commit_of(serving) != before["revision"]
-
-
-def warned(answer: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> str:
-    """A module's warnings: in its answer, or on stderr where something before has made this process a controller."""
-    return f"{answer.get('warnings')} {capfd.readouterr().err}"
 
 
 def test_without_a_network_a_branch_is_what_it_was(serving: Served, capfd: pytest.CaptureFixture[str]) -> None:

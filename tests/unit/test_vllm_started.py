@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.llmfleet.serving.plugins.module_utils._planner.started import compare, figures, warnings
+from conftest import warned
 
 GIB = 1 << 30
 CARD = 80 * GIB
@@ -169,12 +170,13 @@ def test_start_is_written_down_with_the_plan_beside_it(module: Module, systemd: 
     # The process before it, whose lines stand in the same unit's journal, had another plan.
     systemd.log("qwen", *NEWER.splitlines(), before=("Available KV cache memory: 1.0 GiB",))
     (systemd.config_dir / "qwen.plan.json").write_text(json.dumps(plan({"kv_cache_bytes": 60 * GIB})))
-    (found,) = module("qwen")["started"]
+    answer = module("qwen")
+    (found,) = answer["started"]
     assert found["measured"]["kv_cache_tokens"] == 434336
     assert percents(found["compared"])["kv_cache_bytes"] == -8.73
     assert written(systemd, "qwen") == found
     assert (systemd.folder / "lib/started/qwen.json").stat().st_mode & 0o777 == 0o644
-    assert "qwen: KV cache 53.02 GiB, planned 60.00 GiB" in capfd.readouterr().err
+    assert "qwen: KV cache 53.02 GiB, planned 60.00 GiB" in warned(answer, capfd)
 
 
 @pytest.mark.parametrize("stored", [None, "{", "[]", "{}"])

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import kv_cache, overhead, support
-from .search import GIB, Try, count, gib, guard, spare_bytes
+from .search import Try, count, guard, spare_bytes
+from .units import GIB, gib
 from .wish import Wish
 
 

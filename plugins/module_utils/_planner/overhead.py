@@ -19,9 +19,7 @@ from typing import Any
 from . import support, weights
 from .architecture import Architecture, State, Tensor
 from .quantization import ITEM_BYTES, Quantization
-
-MIB = 1 << 20
-GIB = 1 << 30
+from .units import GIB, MIB
 
 # --- measured on NVIDIA H200 with driver 580; docs/measurements.md has the starts that each comes from ---
 CONTEXT = 527 * MIB  # CUDA context and the driver's own, before vLLM's first look at the card

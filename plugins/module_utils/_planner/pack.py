@@ -22,7 +22,6 @@ from .search import (
     Try,
     attempt,
     batches,
-    gib,
     guard,
     least_cache,
     parse_model,
@@ -30,6 +29,7 @@ from .search import (
     solve,
     unsupported,
 )
+from .units import gib
 from .wish import Gpu, Host, Wish, visible, without_gpus
 
 UNKNOWN_HOST = Host()

@@ -13,7 +13,8 @@ from typing import Any
 
 from . import kv_cache
 from .errors import PlanError
-from .search import GIB, LEAST_CONTEXT, Outcome, Task, Try, count, guard, least_cache, parse_model, shortfall, solve
+from .search import LEAST_CONTEXT, Outcome, Task, Try, count, guard, least_cache, parse_model, shortfall, solve
+from .units import GIB
 from .wish import Gpu
 
 Find = Callable[[Task], "Try | None"]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-GIB = 1 << 30
+from .units import GIB
 
 
 @dataclass(frozen=True)

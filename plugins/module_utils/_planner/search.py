@@ -20,7 +20,8 @@ from . import kv_cache, overhead, quantization, support, weights
 from .architecture import Architecture
 from .architecture import parse as parse_architecture
 from .errors import PlanError
-from .overhead import GIB, MIB, Rank, Setting
+from .overhead import Rank, Setting
+from .units import MIB, gib
 from .wish import Gpu, Wish, without_gpus
 
 # A step of fewer tokens slows prefill and frees little; it is vLLM's own default for cards below 70 GiB.
@@ -351,10 +352,6 @@ def least_cache(found: Try) -> int:
     if not wish.context and "max_model_len" not in wish.flags:
         tokens = min(tokens, LEAST_CONTEXT)
     return max(kv_cache.bytes_for(found.layouts, tokens, wish.users or 1), default=0)
-
-
-def gib(amount: float) -> str:
-    return f"{amount / GIB:.2f} GiB"
 
 
 def count(number: int, what: str) -> str:

@@ -14,7 +14,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-GIB = 1 << 30
+from .units import GIB, gib
+
 WARN_PERCENT = 3.0
 
 # "(Worker_PP1_TP0 pid=812) INFO 11-21 09:47:22 [...]". With one GPU the engine's own process is the worker.
@@ -117,7 +118,7 @@ def warnings(name: str, compared: list[dict[str, Any]]) -> list[str]:
 
 def _shown(what: str, value: float) -> str:
     if what.endswith("_bytes"):
-        return f"{value / GIB:.2f} GiB"
+        return gib(value)
     return f"{value:,} tokens" if what == "kv_cache_tokens" else f"{value:.2f} requests"
 
 

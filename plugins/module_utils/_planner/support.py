@@ -16,8 +16,8 @@ from typing import Any
 from .architecture import Architecture, Attention, State
 from .errors import PlanError
 from .quantization import Quantization
+from .units import GIB
 
-GIB = 1 << 30
 Release = tuple[int, int, int]
 Capability = tuple[int, int]
 
@@ -25,7 +25,6 @@ OLDEST: Release = (0, 22, 0)
 NEWEST: Release = (0, 33, 0)
 
 # The wheels on PyPI are built for CUDA 13 (METADATA of 0.22.0 to 0.33.0: torch 2.11 to 2.13, nvidia-cutlass-dsl[cu13]).
-OLDEST_DRIVER = 580
 OLDEST_CAPABILITY: Capability = (7, 5)  # CUDA 13 has no code generation for anything older
 
 # platforms/cuda.py supported_dtypes, config/model.py _FLOAT16_NOT_SUPPORTED_MODELS, 0.22 to 0.33.
@@ -172,16 +171,6 @@ def capability_problem(compute_capability: Capability) -> str | None:
         return (
             f"the GPU has compute capability {_dotted(compute_capability)}, and vLLM's wheels are built for CUDA 13, "
             f"which needs {_dotted(OLDEST_CAPABILITY)}: take a newer GPU, or build vLLM for CUDA 12 yourself"
-        )
-    return None
-
-
-def driver_problem(driver_version: str) -> str | None:
-    """For any release that the planner knows."""
-    if int(driver_version.partition(".")[0]) < OLDEST_DRIVER:
-        return (
-            f"the NVIDIA driver is {driver_version}, and vLLM's wheels are built for CUDA 13, which needs "
-            f"{OLDEST_DRIVER}: install driver {OLDEST_DRIVER} or newer"
         )
     return None
 

@@ -18,8 +18,8 @@ from typing import Any
 from .architecture import Architecture, Attention, Layer, Tensor
 from .errors import PlanError
 from .quantization import ITEM_BYTES, Quantization, matrices, module_names
+from .units import MIB
 
-MIB = 1 << 20
 # torch's c10/cuda/CUDACachingAllocator (2.11): sizes are rounded up, and a large one has segments of its own, which
 # vLLM does not let it split (gpu_worker.py _scoped_allocator_max_split, 20 MiB, 0.22.0 to 0.33.0).
 ROUND, LARGE, SEGMENT = 512, 10 * MIB, 2 * MIB

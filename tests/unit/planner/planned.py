@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ansible_collections.llmfleet.serving.plugins.module_utils._planner import architecture, pack, support, wish
+from ansible_collections.llmfleet.serving.plugins.module_utils._planner.architecture import (
+    Architecture,
+    Attention,
+    Layer,
+)
 
 ROOT = Path(__file__).parents[3]
 MODELS: dict[str, dict[str, Any]] = json.loads((ROOT / "tests/bench/planner/starts.json").read_text())["models"]
@@ -38,6 +43,34 @@ PARTS = (
     "other_bytes",
     "spare_bytes",
 )
+
+
+MLA = Attention("mla", 1, 576, 0)
+INDEXER = Attention("indexer", 1, 128, 0)
+
+
+def model(*layers: Any, head_dim: int = 128, **changes: Any) -> Architecture:
+    """A model with these caches, layer for layer; a tuple is a layer with several, () one with none."""
+    plain: dict[str, Any] = {
+        "name": "LlamaForCausalLM",
+        "family": "dense",
+        "hidden_size": 4096,
+        "vocab_size": 128256,
+        "heads": 32,
+        "kv_heads": 8,
+        "head_dim": head_dim,
+        "intermediate_size": 14336,
+        "layers": tuple(Layer(layer if isinstance(layer, tuple) else (layer,), ()) for layer in layers)
+        or (Layer((Attention("full", 8, head_dim, head_dim),), ()),),
+        "outer": (),
+        "tied": False,
+        "experts": 0,
+        "experts_per_token": 0,
+        "moe_intermediate_size": 0,
+        "max_position_embeddings": 131072,
+        "dtype": "bfloat16",
+    }
+    return Architecture(**{**plain, **changes})
 
 
 def document(model: str | dict[str, Any], **changes: Any) -> dict[str, Any]:

@@ -14,12 +14,12 @@ from ansible_collections.llmfleet.serving.plugins.module_utils._planner import k
 from ansible_collections.llmfleet.serving.plugins.module_utils._planner.architecture import (
     Architecture,
     Attention,
-    Layer,
     State,
 )
 from ansible_collections.llmfleet.serving.plugins.module_utils._planner.errors import PlanError
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from planned import INDEXER, MLA, model
 
 GIB = 1 << 30
 
@@ -42,34 +42,6 @@ def sliding(kv_heads: int, window: int, head_dim: int = 128) -> Attention:
 
 def state(kind: str, *shapes: tuple[int, ...], dtype: str = "auto") -> State:
     return Fixed(kind, shapes, ("auto", *[dtype] * (len(shapes) - 1)))
-
-
-MLA = Attention("mla", 1, 576, 0)
-INDEXER = Attention("indexer", 1, 128, 0)
-
-
-def model(*layers: Any, **changes: Any) -> Architecture:
-    """A model with these caches, layer for layer; a tuple is a layer with several, () one with none."""
-    each = tuple(Layer(layer if isinstance(layer, tuple) else (layer,), ()) for layer in layers)
-    plain: dict[str, Any] = {
-        "name": "LlamaForCausalLM",
-        "family": "dense",
-        "hidden_size": 4096,
-        "vocab_size": 128256,
-        "heads": 32,
-        "kv_heads": 8,
-        "head_dim": 128,
-        "intermediate_size": 14336,
-        "layers": each,
-        "outer": (),
-        "tied": False,
-        "experts": 0,
-        "experts_per_token": 0,
-        "moe_intermediate_size": 0,
-        "max_position_embeddings": 131072,
-        "dtype": "bfloat16",
-    }
-    return Architecture(**{**plain, **changes})
 
 
 def start(architecture: Architecture, **changes: Any) -> Any:

@@ -12,43 +12,17 @@ from ansible_collections.llmfleet.serving.plugins.module_utils._planner import s
 from ansible_collections.llmfleet.serving.plugins.module_utils._planner.architecture import (
     Architecture,
     Attention,
-    Layer,
     State,
 )
 from ansible_collections.llmfleet.serving.plugins.module_utils._planner.errors import PlanError
 from hypothesis import given
 from hypothesis import strategies as st
+from planned import INDEXER, MLA, model
 
 GIB = 1 << 30
 T4, V100, A100, RTX3090, L40S, H100, B200 = (7, 5), (7, 0), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0)
 RTX5090, SPARK = (12, 0), (12, 1)
 NOW = (0, 32, 0)
-
-MLA = Attention("mla", 1, 576, 0)
-INDEXER = Attention("indexer", 1, 128, 0)
-
-
-def model(*layers: Any, head_dim: int = 128, **changes: Any) -> Architecture:
-    plain: dict[str, Any] = {
-        "name": "LlamaForCausalLM",
-        "family": "dense",
-        "hidden_size": 4096,
-        "vocab_size": 128256,
-        "heads": 32,
-        "kv_heads": 8,
-        "head_dim": head_dim,
-        "intermediate_size": 14336,
-        "layers": tuple(Layer(layer if isinstance(layer, tuple) else (layer,), ()) for layer in layers)
-        or (Layer((Attention("full", 8, head_dim, head_dim),), ()),),
-        "outer": (),
-        "tied": False,
-        "experts": 0,
-        "experts_per_token": 0,
-        "moe_intermediate_size": 0,
-        "max_position_embeddings": 131072,
-        "dtype": "bfloat16",
-    }
-    return Architecture(**{**plain, **changes})
 
 
 LLAMA = model()
@@ -125,11 +99,6 @@ def test_gpus_that_the_wheels_are_not_built_for() -> None:
         "the GPU has compute capability 7.0, and vLLM's wheels are built for CUDA 13, which needs 7.5: "
         "take a newer GPU, or build vLLM for CUDA 12 yourself"
     )
-
-
-@pytest.mark.parametrize(("driver", "right"), [("580.159.04", True), ("595.45", True), ("575.57.08", False)])
-def test_drivers(driver: str, right: bool) -> None:
-    assert (support.driver_problem(driver) is None) is right
 
 
 # --- dtype ---------------------------------------------------------------------------------------------------

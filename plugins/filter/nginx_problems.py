@@ -37,6 +37,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+DNS_NAME = re.compile(r"(?=.{1,253}\Z)(?!-)[A-Za-z0-9-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9-]{1,63}(?<!-))*")
 KEY = re.compile(r"[A-Za-z0-9._~+/=-]+")  # RFC 6750's b64token, which needs no quoting in nginx
 KEY_MIN_LENGTH = 20
 MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
@@ -64,6 +65,12 @@ def _name(settings: dict[str, Any]) -> Iterator[str]:
             f"nginx_server_name is {settings['nginx_server_name']!r}: "
             "use a DNS name or an IP literal, without scheme, port or brackets."
         )
+    names = [settings["nginx_server_name"], *settings["nginx_server_aliases"]]
+    for alias in names[1:]:
+        if not DNS_NAME.fullmatch(alias) or alias.lower().rpartition(".")[2].isdigit():
+            yield f"nginx_server_aliases has {alias!r}: use DNS names, without scheme, port or wildcard."
+    if len({name.lower() for name in names}) < len(names):
+        yield "nginx_server_aliases has a name twice, or nginx_server_name as well: list each name once."
 
 
 def _backends(backends: list[dict[str, Any]]) -> Iterator[str]:

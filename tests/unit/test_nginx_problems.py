@@ -20,6 +20,7 @@ SECRET = "0123456789-0123456789"
 def problems(**changes: Any) -> list[str]:
     settings = {
         "nginx_server_name": "gw.example.test",
+        "nginx_server_aliases": ["api.example.test"],
         "nginx_backends": [{"model": "org/tiny-1.5:chat", "servers": ["10.0.0.1:8000", "[fd77::1]:8000", "gpu-1:1"]}],
         "nginx_api_keys": [SECRET],
         "nginx_backend_key": SECRET,
@@ -62,6 +63,9 @@ def test_nothing_is_wrong() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
+        ({"nginx_server_aliases": ["*.example.test"]}, "nginx_server_aliases has '*.example.test'"),
+        ({"nginx_server_aliases": ["10.0.0.1"]}, "nginx_server_aliases has '10.0.0.1'"),
+        ({"nginx_server_aliases": ["GW.example.test"]}, "a name twice"),
         ({"nginx_backends": []}, "nginx_backends is empty"),
         ({"nginx_backends": [{"model": "a", "servers": []}]}, "no servers for the model 'a'"),
         ({"nginx_backends": [{"model": 'a"$', "servers": ["h:1"]}]}, "model 'a\"$'"),

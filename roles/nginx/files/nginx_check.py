@@ -17,6 +17,7 @@ from pathlib import Path
 
 NGINX = Path("/etc/nginx")
 SITE = NGINX / "sites-available/llmfleet.conf"
+HTTP_SITE = NGINX / "sites-available/llmfleet-http.conf"
 SITES = NGINX / "sites-enabled"
 INCLUDE = re.compile(r"^\s*include\s+(/etc/nginx/)?sites-enabled/\*[^;]*;", re.MULTILINE)
 UNIT_DIRS = ("/etc/systemd/system", "/lib/systemd/system", "/usr/lib/systemd/system")
@@ -32,7 +33,8 @@ def temporary(text: str) -> Path:
 
 def check_nginx(target: str, staged: str) -> int:
     """nginx -t on the host's own nginx.conf, with our site as it would be."""
-    if target == str(SITE):
+    changed = HTTP_SITE if target == str(HTTP_SITE) else SITE
+    if target == str(changed):
         site = Path(staged).read_text()
     elif SITE.exists() and target in SITE.read_text():
         site = SITE.read_text().replace(target, staged)
@@ -41,7 +43,7 @@ def check_nginx(target: str, staged: str) -> int:
     else:
         site = f"include {staged};"
     site_file = temporary(site)
-    files = [file for file in sorted(SITES.glob("[!.]*")) if file.name not in {SITE.name, "default"}]
+    files = [file for file in sorted(SITES.glob("[!.]*")) if file.name not in {changed.name, "default"}]
     includes = "\n".join(f"include {file};" for file in [*files, site_file])
     main, found = INCLUDE.subn(lambda _: includes, (NGINX / "nginx.conf").read_text(), count=1)
     main_file = temporary(main)

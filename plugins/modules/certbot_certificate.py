@@ -1,0 +1,158 @@
+#!/usr/bin/python
+# Copyright: llmfleet developers
+# GNU General Public License v3.0+ (see LICENSE)
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: certbot_certificate
+author: llmfleet developers
+version_added: 1.0.0
+short_description: Have certbot ask for a certificate
+description:
+  - Runs C(certbot certonly) with a configuration file, which holds all that certbot is told.
+  - It asks each time. Whether it has to, M(llmfleet.serving.certbot_host_info) tells.
+  - Where the ACME server does not know the account any more, the account is put aside and another one made.
+  - Where no certificate comes, what was there before stays, and the message names the variable to change.
+extends_documentation_fragment:
+  - llmfleet.serving.attributes
+attributes:
+  check_mode:
+    support: full
+  diff_mode:
+    support: none
+  idempotent:
+    support: none
+options:
+  config:
+    description: certbot's configuration file.
+    type: path
+    required: true
+  server:
+    description: The URL of the ACME server's directory, as it stands in O(config).
+    type: str
+    required: true
+  challenge:
+    description: The kind of challenge that O(config) has.
+    type: str
+    choices: [http-01, dns-01]
+    required: true
+  environment:
+    description: Variables that certbot gets.
+    type: dict
+    default: {}
+  pending:
+    description: A file that the deploy hook leaves where it failed.
+    type: path
+    required: true
+  folder:
+    description: certbot's folder.
+    type: path
+    default: /etc/letsencrypt
+"""
+
+EXAMPLES = r"""
+- name: Ask for the certificate
+  llmfleet.serving.certbot_certificate:
+    config: /etc/letsencrypt/llmfleet.ini
+    server: https://acme-v02.api.letsencrypt.org/directory
+    challenge: http-01
+    pending: /var/lib/llmfleet/deploy-pending
+  when: host.certificate_to_do | length > 0
+"""
+
+RETURN = r"""
+output:
+  description: What certbot printed.
+  returned: always, but in check mode
+  type: str
+lost_accounts:
+  description: Where accounts were put that the ACME server does not know any more.
+  returned: always, but in check mode
+  type: list
+  elements: str
+"""
+
+import contextlib
+import shutil
+import time
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.llmfleet.serving.plugins.module_utils._certbot import (
+    BUSY,
+    LOST_ACCOUNT,
+    account_folder,
+    explain,
+)
+
+LOG = Path("/var/log/letsencrypt/letsencrypt.log")
+# A renewal by the timer may be under way.
+PATIENCE, PAUSE = 60, 3
+
+
+def log_size() -> int:
+    with contextlib.suppress(OSError):
+        return LOG.stat().st_size
+    return 0
+
+
+def logged(since: int) -> str:
+    """What certbot has written into its log. Only there it names the kind of an error."""
+    with contextlib.suppress(OSError), LOG.open("rb") as log:
+        log.seek(since if log_size() >= since else 0)
+        return log.read().decode(errors="replace")
+    return ""
+
+
+def ask(module: AnsibleModule) -> tuple[int, str, bool]:
+    """certbot's exit status, its words, and whether the server does not know the account."""
+    command = ["certbot", "certonly", "--config", module.params["config"], "--force-renewal", "--renew-with-new-domains"]
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        before = log_size()
+        code, out, err = module.run_command(command, environ_update=module.params["environment"])
+        text = f"{err}\n{out}"
+        if code == 0 or BUSY not in text or time.monotonic() > deadline:
+            return code, text, code != 0 and LOST_ACCOUNT in logged(before)
+        time.sleep(PAUSE)
+
+
+def put_aside(folder: Path, server: str) -> list[str]:
+    accounts = folder / account_folder(server, "")
+    aside = folder / f"accounts-lost-{time.strftime('%Y%m%dT%H%M%S')}"
+    aside.mkdir(mode=0o700)
+    shutil.move(accounts, aside)
+    return [str(aside)]
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "config": {"type": "path", "required": True},
+            "server": {"type": "str", "required": True},
+            "challenge": {"type": "str", "choices": ["http-01", "dns-01"], "required": True},
+            "environment": {"type": "dict", "default": {}},
+            "pending": {"type": "path", "required": True},
+            "folder": {"type": "path", "default": "/etc/letsencrypt"},
+        },
+        supports_check_mode=True,
+    )
+    if module.check_mode:
+        module.exit_json(changed=True)
+    asked, lost = module.params, []
+    code, text, account_lost = ask(module)
+    if account_lost:
+        lost = put_aside(Path(asked["folder"]), asked["server"])
+        code, text, _ = ask(module)
+    result = {"output": text, "lost_accounts": lost}
+    if code:
+        module.fail_json(msg=explain(text, asked["server"], asked["challenge"]), **result)
+    if Path(asked["pending"]).exists():
+        module.fail_json(
+            msg=f"The certificate has come, but certbot_deploy_hook_command has failed: {text}", changed=True, **result
+        )
+    module.exit_json(changed=True, **result)
+
+
+if __name__ == "__main__":
+    main()

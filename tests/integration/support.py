@@ -99,7 +99,7 @@ def secret(name: str) -> str:
 
 
 @contextmanager
-def client(address: str) -> Iterator[OpenAI]:
+def client(address: str, authorities: Path = INVENTORY / ".secrets" / "ca.crt") -> Iterator[OpenAI]:
     """The OpenAI client, as an application would use it, with the service's name resolving to ``address``."""
     ask = socket.getaddrinfo
 
@@ -109,7 +109,7 @@ def client(address: str) -> Iterator[OpenAI]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket, "getaddrinfo", resolve)
-        patch.setenv("SSL_CERT_FILE", str(INVENTORY / ".secrets" / "ca.crt"))
+        patch.setenv("SSL_CERT_FILE", str(authorities))
         patch.delenv("SSL_CERT_DIR", raising=False)
         yield OpenAI(base_url=f"https://{NAME}/v1", api_key=secret("api_key"), max_retries=0, timeout=120)
 

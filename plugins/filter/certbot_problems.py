@@ -12,7 +12,8 @@ options:
   _input:
     description:
       - The role's variables by name, C(certbot_names) with what the role nginx hands over in place of an empty list.
-      - As C(site_names), the names that nginx serves, and as C(http_port) its port; empty and 0 where the role is used alone.
+      - As C(site_names), the names that nginx serves, and as C(http_port) its port.
+      - They are empty and 0 where the role is used alone.
       - As C(ca_content), what is in C(certbot_ca_bundle), or nothing where there is no such file.
     type: dict
     required: true
@@ -93,7 +94,7 @@ def _names(settings: dict[str, Any]) -> Iterator[str]:
             )
     for name in site_names:
         if names and name not in names and f"*.{name.partition('.')[2]}" not in names and not _is_address(name):
-            yield f"certbot_names lacks {name!r}, which clients use (nginx_server_name, nginx_server_aliases): add it."
+            yield f"certbot_names lacks {name!r}, which clients use: add it (nginx_server_name, nginx_server_aliases)."
 
 
 def _is_address(name: str) -> bool:
@@ -108,7 +109,9 @@ def _server(settings: dict[str, Any]) -> Iterator[str]:
     server = settings["certbot_server"]
     try:
         url = urlsplit(server)
-        good = url.scheme == "https" and bool(url.hostname) and "@" not in url.netloc and not re.search(r"[\s#]", server)
+        good = (
+            url.scheme == "https" and bool(url.hostname) and "@" not in url.netloc and not re.search(r"[\s#]", server)
+        )
         good = good and (url.port is None or url.port > 0)
     except ValueError:
         good = False
@@ -131,7 +134,9 @@ def _account(settings: dict[str, Any]) -> Iterator[str]:
     if email and not EMAIL.fullmatch(email):
         yield f"certbot_email is {email!r}: write one address, as admin@example.org, or none."
     if bool(key_id) != bool(key):
-        missing, given = ("certbot_eab_hmac_key", "certbot_eab_kid") if key_id else ("certbot_eab_kid", "certbot_eab_hmac_key")
+        missing, given = (
+            ("certbot_eab_hmac_key", "certbot_eab_kid") if key_id else ("certbot_eab_kid", "certbot_eab_hmac_key")
+        )
         yield f"{missing} is not set, and {given} is: set both, or neither."
     if key_id and not KEY_ID.fullmatch(key_id):
         yield f"certbot_eab_kid is {key_id!r}: write it as the ACME server's operator gave it, without spaces."
@@ -151,7 +156,8 @@ def _challenge(settings: dict[str, Any]) -> Iterator[str]:
             yield f"certbot_webroot is {settings['certbot_webroot']!r}: write an absolute path, of A-Z a-z 0-9 _ . -."
         return
     if plugin not in CREDENTIALS:
-        yield f"certbot_dns_plugin is {plugin!r}: with certbot_challenge dns-01 set it to one of {', '.join(CREDENTIALS)}."
+        known = ", ".join(CREDENTIALS)
+        yield f"certbot_dns_plugin is {plugin!r}: with certbot_challenge dns-01 set it to one of {known}."
         return
     needed, allowed = CREDENTIALS[plugin]
     if not any(some <= set(credentials) <= some | allowed for some in needed):
@@ -163,7 +169,7 @@ def _challenge(settings: dict[str, Any]) -> Iterator[str]:
         )
     for key, value in credentials.items():
         if not re.fullmatch(r'[^\s"](?:[^\n"]*[^\s"])?', str(value)):
-            yield f"certbot_dns_credentials.{key} is empty, has spaces around it, or a quote or a line break in it: correct it."
+            yield f"certbot_dns_credentials.{key} is empty, or has a quote, a line break or spaces around it: correct it."
     if plugin == "rfc2136":
         yield from _rfc2136(credentials)
 
@@ -181,7 +187,7 @@ def _rfc2136(credentials: dict[str, Any]) -> Iterator[str]:
 
 def _rest(settings: dict[str, Any]) -> Iterator[str]:
     if not 0 <= settings["certbot_dns_propagation_seconds"] <= 3600:
-        yield f"certbot_dns_propagation_seconds is {settings['certbot_dns_propagation_seconds']}: use 0 to 3600 seconds."
+        yield f"certbot_dns_propagation_seconds is {settings['certbot_dns_propagation_seconds']}: use 0 to 3600."
     if not 1 <= settings["certbot_expiry_warning_days"] <= 29:
         yield (
             f"certbot_expiry_warning_days is {settings['certbot_expiry_warning_days']}: use 1 to 29, "

@@ -16,6 +16,8 @@ from ansible.errors import AnsibleFilterError
 from ansible_collections.llmfleet.serving.plugins.module_utils import _models, _plans
 from ansible_collections.llmfleet.serving.plugins.module_utils._planner import report
 
+SHARED_PREFIXES = ("nginx_", "certbot_")
+
 
 def model_problems(models: Sequence[Mapping[str, Any]], port: int, environment: Mapping[str, Any]) -> list[str]:
     problems = _models.model_problems(models, int(port), environment, lambda path: Path(path).is_file())
@@ -56,13 +58,14 @@ def known_variables() -> set[str]:
 def unknown_variables(names: Iterable[str]) -> list[str]:
     """One line for each name that has a role's prefix and is none of its variables, with the nearest one that is.
 
-    Other collections have variables that begin with nginx_: of these only what is nearly one of ours counts.
+    Other collections have variables that begin with nginx_ or certbot_: of these only what is nearly one of ours counts.
     """
     known = known_variables()
     found = []
     for name in sorted(set(names) - known):
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.8 if name.startswith("nginx_") else 0.6)
-        if name.startswith("nginx_") and not near:
+        shared = name.startswith(SHARED_PREFIXES)
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.8 if shared else 0.6)
+        if shared and not near:
             continue
         remedy = f"do you mean {near[0]}?" if near else "rename it, or take it out."
         found.append(f"{name} is no variable of this collection: {remedy}")

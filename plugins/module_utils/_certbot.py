@@ -1,6 +1,9 @@
 # Copyright: llmfleet developers
 # GNU General Public License v3.0+ (see LICENSE)
-"""PRIVATE to the collection: when certbot has to ask for a certificate, and why it got none. No Ansible import and no I/O here."""
+"""PRIVATE to the collection: when certbot has to ask for a certificate, and why it got none.
+
+No Ansible import and no I/O here.
+"""
 
 from __future__ import annotations
 
@@ -69,6 +72,7 @@ def time_to_mend(certificate: Certificate, days: int) -> timedelta:
 def why_to_ask(
     asked: Mapping[str, str],
     wanted: Mapping[str, str],
+    *,
     certificate: Certificate,
     names: Iterable[str],
     days: int,
@@ -113,7 +117,7 @@ def untrusted(server: str, error: object) -> str:
 
 
 CHALLENGE = re.compile(r"^ *Domain: +(?P<name>\S+)\n *Type: +(?P<type>\S+)\n *Detail: +(?P<detail>.+)$", re.MULTILINE)
-NETWORK = re.compile(
+NETWORK = (
     r"Connection refused|Connection reset|timed out|Name or service not known|Temporary failure in name resolution"
     r"|No route to host|Network is unreachable|Remote end closed|RemoteDisconnected|Max retries exceeded|getaddrinfo"
 )
@@ -123,31 +127,44 @@ NOISE = re.compile(
 )
 
 
+def _challenge_refused(output: str, server: str, challenge: str) -> str:
+    seen = " ".join(f"{match['name']}: {match['detail']} ({match['type']})." for match in CHALLENGE.finditer(output))
+    remedy = (
+        "the names in certbot_names must lead to this host, by IPv4 and by IPv6 where they have both, "
+        "and its port 80 must be open to the ACME server; or set certbot_challenge to dns-01"
+        if challenge == "http-01"
+        else "certbot_dns_credentials must be for the zone of these names; "
+        "where the record was not seen yet, raise certbot_dns_propagation_seconds"
+    )
+    return f"{server} could not make sure that the names are yours. {seen} Remedy: {remedy}."
+
+
+# What certbot or the server says, and what to make of it. The first that is found counts.
+REFUSALS = {
+    r"CERTIFICATE_VERIFY_FAILED|SSLError": untrusted,
+    r"(?i)external account|the field 'kid'": (
+        "{server} refuses the account: {said} Correct certbot_eab_kid and certbot_eab_hmac_key."
+    ),
+    r"email|contact": "{server} refuses the account: {said} Correct certbot_email.",
+    r"rateLimited|too many": (
+        "{server} has given too many certificates: {said} Wait, and try out with certbot_staging: true."
+    ),
+    BUSY: "certbot is at work on this host already: see `systemctl status certbot.service`, and try again.",
+    NETWORK: unreachable,
+}
+
+
 def explain(output: str, server: str, challenge: str) -> str:
     """Why certbot got no certificate, with the variable to change."""
-    if refused := list(CHALLENGE.finditer(output)):
-        seen = " ".join(f"{match['name']}: {match['detail']} ({match['type']})." for match in refused)
-        remedy = (
-            "the names in certbot_names must lead to this host, by IPv4 and by IPv6 where they have both, and its port 80 "
-            "must be open to the ACME server; or set certbot_challenge to dns-01"
-            if challenge == "http-01"
-            else "certbot_dns_credentials must be for the zone of these names; where the record was not seen yet, "
-            "raise certbot_dns_propagation_seconds"
-        )
-        return f"{server} could not make sure that the names are yours. {seen} Remedy: {remedy}."
+    if CHALLENGE.search(output):
+        return _challenge_refused(output, server, challenge)
     said = " ".join(line.strip() for line in output.splitlines() if not NOISE.search(line))
-    if "CERTIFICATE_VERIFY_FAILED" in output or "SSLError" in output:
-        return untrusted(server, said)
-    if re.search(r"external account|the field 'kid'|eab", output, re.IGNORECASE):
-        return f"{server} refuses the account: {said} Correct certbot_eab_kid and certbot_eab_hmac_key."
-    if re.search(r"email|contact", output):
-        return f"{server} refuses the account: {said} Correct certbot_email."
-    if re.search(r"rateLimited|too many", output):
-        return f"{server} has given too many certificates: {said} Wait, and try out with certbot_staging: true."
-    if BUSY in output:
-        return "certbot is at work on this host already: see `systemctl status certbot.service`, and try again."
-    if challenge == "dns-01" and not NETWORK.search(output):
-        return f"certbot could not write the record of the challenge: {said} See certbot_dns_plugin and certbot_dns_credentials."
-    if NETWORK.search(output):
-        return unreachable(server, said)
+    for pattern, message in REFUSALS.items():
+        if re.search(pattern, output):
+            return message(server, said) if callable(message) else message.format(server=server, said=said)
+    if challenge == "dns-01":
+        return (
+            f"certbot could not write the record of the challenge: {said} "
+            "See certbot_dns_plugin and certbot_dns_credentials."
+        )
     return f"certbot got no certificate from {server} (certbot_server): {said}"

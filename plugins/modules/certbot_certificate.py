@@ -87,7 +87,8 @@ from ansible_collections.llmfleet.serving.plugins.module_utils._certbot import (
 
 LOG = Path("/var/log/letsencrypt/letsencrypt.log")
 # A renewal by the timer may be under way.
-PATIENCE, PAUSE = 60, 3
+PATIENCE = 60
+PAUSE = 3
 
 
 def log_size() -> int:
@@ -106,7 +107,14 @@ def logged(since: int) -> str:
 
 def ask(module: AnsibleModule) -> tuple[int, str, bool]:
     """certbot's exit status, its words, and whether the server does not know the account."""
-    command = ["certbot", "certonly", "--config", module.params["config"], "--force-renewal", "--renew-with-new-domains"]
+    command = [
+        "certbot",
+        "certonly",
+        "--config",
+        module.params["config"],
+        "--force-renewal",
+        "--renew-with-new-domains",
+    ]
     deadline = time.monotonic() + PATIENCE
     while True:
         before = log_size()

@@ -45,7 +45,9 @@ options:
     elements: str
     required: true
   parameters:
-    description: What it has to be asked for with, as certbot's renewal configuration names it. C(server) is one of them.
+    description:
+      - What it has to be asked for with, as certbot's renewal configuration names it.
+      - C(server), the URL of the ACME server's directory, is one of them.
     type: dict
     required: true
   expiry_days:
@@ -53,7 +55,8 @@ options:
     type: int
     required: true
   ca_content:
-    description: The authorities (PEM) that the ACME server's certificate may be from. Empty for those that the host trusts.
+    description:
+      - The authorities (PEM) that the ACME server's certificate may be from. Empty for those that the host trusts.
     type: str
     default: ""
   external_account:
@@ -172,7 +175,7 @@ def certificate_to_do(asked: dict[str, Any]) -> tuple[str, str]:
         return f"it cannot be read ({error})", ""
     wanted = {key: str(value) for key, value in asked["parameters"].items()}
     now = datetime.now(timezone.utc)
-    why = why_to_ask(renewal, wanted, certificate, asked["names"], asked["expiry_days"], now)
+    why = why_to_ask(renewal, wanted, certificate=certificate, names=asked["names"], days=asked["expiry_days"], now=now)
     account = folder / account_folder(wanted["server"], renewal.get("account", "none")) / "regr.json"
     if not why and not account.exists():
         why = f"the account at {wanted['server']} is lost"

@@ -24,6 +24,11 @@ options:
     type: list
     elements: path
     default: []
+  files:
+    description: Files of which to tell which are there.
+    type: list
+    elements: path
+    default: []
   ports:
     description: TCP ports of which to tell whether another program than nginx listens there.
     type: list
@@ -94,6 +99,11 @@ package_lists:
   type: bool
 missing_directories:
   description: The asked folders that are not there.
+  returned: always
+  type: list
+  elements: str
+files_there:
+  description: The asked files that are there.
   returned: always
   type: list
   elements: str
@@ -238,6 +248,7 @@ def main() -> None:
         argument_spec={
             "packages": {"type": "list", "elements": "str", "default": []},
             "directories": {"type": "list", "elements": "path", "default": []},
+            "files": {"type": "list", "elements": "path", "default": []},
             "ports": {"type": "list", "elements": "int", "default": []},
             "default_site": {"type": "path", "default": "/etc/nginx/sites-enabled/default"},
             "loaded_files": {"type": "list", "elements": "path", "default": []},
@@ -254,6 +265,7 @@ def main() -> None:
         missing_packages=missing_packages(asked["packages"], output(module, *DPKG, *asked["packages"])),
         package_lists=any(APT_LISTS.glob("*_Packages*")),
         missing_directories=[path for path in asked["directories"] if not Path(path).is_dir()],
+        files_there=[path for path in asked["files"] if Path(path).exists()],
         taken_ports=taken_ports(asked["ports"], is_nginx, PROC),
         default_site=os.path.lexists(asked["default_site"]),
         certificate_to_do=certificate_to_do(asked["own_ca"]),

@@ -78,7 +78,7 @@ def _names(settings: dict[str, Any]) -> Iterator[str]:
     for name in names:
         if _is_address(name):
             yield (
-                f"The certificate is to be for {name}, and certbot asks for DNS names only: give the service a DNS name "
+                f"The certificate is to be for {name}, and certbot asks for DNS names only: give the service one "
                 "(nginx_server_name), or use another nginx_certificate_source."
             )
         elif not NAME.fullmatch(name):
@@ -169,7 +169,7 @@ def _challenge(settings: dict[str, Any]) -> Iterator[str]:
         )
     for key, value in credentials.items():
         if not re.fullmatch(r'[^\s"](?:[^\n"]*[^\s"])?', str(value)):
-            yield f"certbot_dns_credentials.{key} is empty, or has a quote, a line break or spaces around it: correct it."
+            yield f"certbot_dns_credentials.{key} is empty, or has a quote, a line break or spaces around: correct it."
     if plugin == "rfc2136":
         yield from _rfc2136(credentials)
 

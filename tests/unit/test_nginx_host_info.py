@@ -110,6 +110,7 @@ def test_bare_host(host: Host, check: bool) -> None:
         "missing_packages": ["nginx", "python3-cryptography"],
         "package_lists": False,
         "missing_directories": [str(host.folder / "nginx"), str(host.bin / "systemctl")],
+        "files_there": [],
         "taken_ports": {},
         "default_site": False,
         "certificate_to_do": "",

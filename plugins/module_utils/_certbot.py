@@ -25,6 +25,7 @@ VARIABLES = {
     "webroot_path": "certbot_webroot",
     "renew_hook": "certbot's deploy hook",
 }
+PARTS = ("cert", "chain", "fullchain", "privkey")
 LOST_ACCOUNT = "urn:ietf:params:acme:error:accountDoesNotExist"
 BUSY = "Another instance of Certbot is already running"
 

@@ -12,6 +12,7 @@ description:
   - Runs C(certbot certonly) with a configuration file, which holds all that certbot is told.
   - It asks each time. Whether it has to, M(llmfleet.serving.certbot_host_info) tells.
   - Where the ACME server does not know the account any more, the account is put aside and another one made.
+  - What is left of a certificate that is not whole is put aside as well; certbot would give the new one another name.
   - Where no certificate comes, what was there before stays, and the message names the variable to change.
 extends_documentation_fragment:
   - llmfleet.serving.attributes
@@ -26,6 +27,10 @@ options:
   config:
     description: certbot's configuration file.
     type: path
+    required: true
+  lineage:
+    description: certbot's name of the certificate, as it stands in O(config).
+    type: str
     required: true
   server:
     description: The URL of the ACME server's directory, as it stands in O(config).
@@ -54,6 +59,7 @@ EXAMPLES = r"""
 - name: Ask for the certificate
   llmfleet.serving.certbot_certificate:
     config: /etc/letsencrypt/llmfleet.ini
+    lineage: llmfleet
     server: https://acme-v02.api.letsencrypt.org/directory
     challenge: http-01
     pending: /var/lib/llmfleet/deploy-pending
@@ -65,8 +71,8 @@ output:
   description: What certbot printed.
   returned: always, but in check mode
   type: str
-lost_accounts:
-  description: Where accounts were put that the ACME server does not know any more.
+put_aside:
+  description: Folders with what was put aside.
   returned: always, but in check mode
   type: list
   elements: str
@@ -74,6 +80,7 @@ lost_accounts:
 
 import contextlib
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -81,8 +88,10 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.llmfleet.serving.plugins.module_utils._certbot import (
     BUSY,
     LOST_ACCOUNT,
+    PARTS,
     account_folder,
     explain,
+    read_certificate,
 )
 
 LOG = Path("/var/log/letsencrypt/letsencrypt.log")
@@ -125,18 +134,32 @@ def ask(module: AnsibleModule) -> tuple[int, str, bool]:
         time.sleep(PAUSE)
 
 
-def put_aside(folder: Path, server: str) -> list[str]:
-    accounts = folder / account_folder(server, "")
-    aside = folder / f"accounts-lost-{time.strftime('%Y%m%dT%H%M%S')}"
-    aside.mkdir(mode=0o700)
-    shutil.move(accounts, aside)
+def put_aside(folder: Path, what: list[Path]) -> list[str]:
+    there = [path for path in what if path.exists()]
+    if not there:
+        return []
+    aside = Path(tempfile.mkdtemp(prefix=time.strftime("put-aside-%Y%m%dT%H%M%S-"), dir=folder))
+    for path in there:
+        shutil.move(path, aside / "-".join(path.relative_to(folder).parts))
     return [str(aside)]
+
+
+def remains(folder: Path, lineage: str) -> list[Path]:
+    """What there is of a certificate, unless it is whole."""
+    live, renewal = folder / "live" / lineage, folder / f"renewal/{lineage}.conf"
+    with contextlib.suppress(OSError, ValueError):
+        pems = {part: (live / f"{part}.pem").read_bytes() for part in PARTS}
+        read_certificate(pems["fullchain"])
+        if renewal.exists():
+            return []
+    return [renewal, live, folder / "archive" / lineage]
 
 
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "config": {"type": "path", "required": True},
+            "lineage": {"type": "str", "required": True},
             "server": {"type": "str", "required": True},
             "challenge": {"type": "str", "choices": ["http-01", "dns-01"], "required": True},
             "environment": {"type": "dict", "default": {}},
@@ -147,12 +170,13 @@ def main() -> None:
     )
     if module.check_mode:
         module.exit_json(changed=True)
-    asked, lost = module.params, []
+    asked, folder = module.params, Path(module.params["folder"])
+    aside = put_aside(folder, remains(folder, asked["lineage"]))
     code, text, account_lost = ask(module)
     if account_lost:
-        lost = put_aside(Path(asked["folder"]), asked["server"])
+        aside += put_aside(folder, [folder / account_folder(asked["server"], "")])
         code, text, _ = ask(module)
-    result = {"output": text, "lost_accounts": lost}
+    result = {"output": text, "put_aside": aside}
     if code:
         module.fail_json(msg=explain(text, asked["server"], asked["challenge"]), **result)
     if Path(asked["pending"]).exists():

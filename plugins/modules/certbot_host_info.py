@@ -135,6 +135,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.llmfleet.serving.plugins.module_utils._certbot import (
+    PARTS,
     account_folder,
     directory_problem,
     parse_renewal,
@@ -165,12 +166,11 @@ def certificate_to_do(asked: dict[str, Any]) -> tuple[str, str]:
     folder, lineage = Path(asked["folder"]), asked["lineage"]
     try:
         renewal = parse_renewal((folder / f"renewal/{lineage}.conf").read_text())
-        pem = (folder / f"live/{lineage}/fullchain.pem").read_bytes()
-        (folder / f"live/{lineage}/privkey.pem").read_bytes()
+        pems = {part: (folder / f"live/{lineage}/{part}.pem").read_bytes() for part in PARTS}
     except OSError:
         return "it is missing", ""
     try:
-        certificate = read_certificate(pem)
+        certificate = read_certificate(pems["fullchain"])
     except ValueError as error:
         return f"it cannot be read ({error})", ""
     wanted = {key: str(value) for key, value in asked["parameters"].items()}

@@ -49,6 +49,8 @@ def make_certificate(folder: Path, left: float, lifetime: float = 90, names: lis
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "fullchain.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    for part in ("cert", "chain"):
+        (folder / f"{part}.pem").write_bytes((folder / "fullchain.pem").read_bytes())
     (folder / "privkey.pem").write_bytes(
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
@@ -359,6 +361,7 @@ def ask(tmp_path: Path, folder: Path, run_module: Any) -> Callable[..., dict[str
             "certbot_certificate",
             {
                 "config": "/etc/letsencrypt/llmfleet.ini",
+                "lineage": "llmfleet",
                 "server": SERVER,
                 "challenge": "http-01",
                 "environment": {"REQUESTS_CA_BUNDLE": "/ca.pem"},
@@ -389,8 +392,21 @@ def test_account_that_the_server_does_not_know_is_replaced(ask: Callable[..., di
     answer = ask((1, "Account x not found.", f"acme.messages.Error: {certbot.LOST_ACCOUNT} :: x"), (0, "Here.", ""))
     assert answer["changed"]
     assert not (folder / "accounts/acme.example.test:14000/dir").exists()
-    (aside,) = answer["lost_accounts"]
-    assert (Path(aside) / "dir/5963c839/regr.json").exists()
+    (aside,) = answer["put_aside"]
+    assert (Path(aside) / "accounts-acme.example.test:14000-dir/5963c839/regr.json").exists()
+    assert (folder / "live/llmfleet/fullchain.pem").exists()
+
+
+@pytest.mark.parametrize("lost", ["live/llmfleet/cert.pem", "live/llmfleet/fullchain.pem", "renewal/llmfleet.conf"])
+def test_what_is_left_of_a_certificate_is_put_aside(
+    ask: Callable[..., dict[str, Any]], look: Callable[..., dict[str, Any]], folder: Path, lost: str
+) -> None:
+    (folder / lost).unlink()
+    assert look(parameters={**PARAMETERS, "server": "https://localhost:1/"})["certificate_to_do"] == "it is missing"
+    (aside,) = ask((0, "Here.", ""))["put_aside"]
+    assert (Path(aside) / "live-llmfleet").is_dir()
+    assert not (folder / "live/llmfleet").exists()
+    assert not (folder / "renewal/llmfleet.conf").exists()
 
 
 def test_another_certbot_is_waited_for(ask: Callable[..., dict[str, Any]]) -> None:

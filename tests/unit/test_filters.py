@@ -81,6 +81,7 @@ def test_variables_that_roles_do_not_declare(name: str) -> None:
         ("vllm_model", "vllm_model is no variable of this collection: do you mean vllm_models?"),
         ("vllm_api_keys", "vllm_api_keys is no variable of this collection: do you mean vllm_api_key?"),
         ("nginx_servername", "nginx_servername is no variable of this collection: do you mean nginx_server_name?"),
+        ("certbot_emial", "certbot_emial is no variable of this collection: do you mean certbot_email?"),
         ("uv_zzzzzzzzzzzz", "uv_zzzzzzzzzzzz is no variable of this collection: rename it, or take it out."),
     ],
 )
@@ -133,7 +134,7 @@ def test_gateway_that_does_not_know_all_engines_is_refused() -> None:
 
 
 def test_variables_of_other_collections_for_nginx_are_none_of_ours() -> None:
-    assert serving.unknown_variables(["nginx_vhosts", "nginx_upstreams"]) == []
+    assert serving.unknown_variables(["nginx_vhosts", "nginx_upstreams", "certbot_auto_renew_user"]) == []
 
 
 hosts = st.sampled_from(["10.0.0.1", "10.0.0.2", "fd77::1"])

@@ -308,8 +308,8 @@ def speed() -> Iterator[str]:
         yield f"{model.rpartition('/')[2]:<31}{gib_of_card:>6.1f}{told}{middle['plan'] / best:>11.3f}{spread:>10.1f}"
     yield ""
     yield 'The last two of three loads of as many requests at once as "loads" says, 768 tokens and 256 of answer; the'
-    yield "first compiles kernels. guide: utilization 0.95, 256 sequences; default: 0.92, 256 (1024 from 70 GiB on); all"
-    yield "with 8192 tokens of context. spread: between the two loads, at most. Cards are simulated on an H200."
+    yield "first compiles kernels. guide: utilization 0.95, 256 sequences; default: 0.92, 256 (1024 from 70 GiB on);"
+    yield "all with 8192 tokens of context. spread: between the two loads, at most. Cards are simulated on an H200."
 
 
 def fleet_host(number: int) -> list[dict[str, Any]]:

@@ -113,7 +113,7 @@ def accelerate() -> Estimator:
 
     transformers.logging.set_verbosity_error()
     # As `accelerate estimate-memory` divides the float32 size by --dtypes.
-    parts = {None: 2, "fp8": 4, "compressed-tensors": 4, "awq": 8, "gptq": 8, "mxfp4": 8}
+    parts = {None: 2, "fp8": 4, "modelopt": 4, "compressed-tensors": 4, "awq": 8, "gptq": 8, "mxfp4": 8}
     sizes: dict[str, float] = {}
 
     def left(start: Mapping[str, Any], _weights: int) -> float:

@@ -3,7 +3,8 @@
 
 usage: standin.py PORT...
 
-The request's JSON body says how: wait (seconds before the answer), stream, max_tokens and gap (seconds between events).
+The request's JSON body says how: wait (seconds before the answer), stream, max_tokens and gap (seconds between events),
+die (no answer at all).
 GET /count, which no gateway passes on, says how many other requests have come.
 """
 
@@ -15,7 +16,7 @@ import sys
 from collections import Counter
 from typing import Any
 
-HEADERS = "Server: uvicorn\r\nX-Litellm-Model-Api-Base: http://10.0.0.1:8000\r\n"
+HEADERS = "HTTP/1.1 200 OK\r\nServer: uvicorn\r\nX-Litellm-Model-Api-Base: http://10.0.0.1:8000\r\nContent-Type: "
 
 
 class Standin:
@@ -42,12 +43,12 @@ class Standin:
         self.counts["requests"] += 1
         if path == "/v1/models":
             return await self.send(writer, {"object": "list", "data": [{"id": "standin", "object": "model"}]})
+        if asked.get("die"):
+            raise ConnectionError
         await asyncio.sleep(asked.get("wait", 0))
         if not asked.get("stream"):
             return await self.send(writer, {"port": self.port})
-        writer.write(
-            f"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n{HEADERS}\r\n".encode()
-        )
+        writer.write(f"{HEADERS}text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
         for number in range(asked["max_tokens"]):
             self.chunk(writer, json.dumps({"port": self.port, "choices": [{"delta": {"content": f"{number} "}}]}))
             await writer.drain()
@@ -64,10 +65,7 @@ class Standin:
 
     async def send(self, writer: asyncio.StreamWriter, answer: dict[str, Any]) -> None:
         body = json.dumps(answer).encode()
-        writer.write(
-            f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n{HEADERS}\r\n".encode()
-            + body
-        )
+        writer.write(f"{HEADERS}application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
         await writer.drain()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import json
 import resource
 import socket
@@ -61,7 +62,11 @@ def status(reply: bytes) -> int:
 
 def attack(asked: Asked) -> dict[str, Any]:
     """The status that each hostile request got, and the body if it is not JSON as OpenAI writes an error."""
-    places = {"{key}": asked["key"], "{host}": asked["host"], "{sha256}": hashlib.sha256(asked["key"].encode()).hexdigest()}
+    places = {
+        "{key}": asked["key"],
+        "{host}": asked["host"],
+        "{sha256}": hashlib.sha256(asked["key"].encode()).hexdigest(),
+    }
 
     def one(each: hostile.Attack) -> dict[str, Any]:
         request = each.request
@@ -87,6 +92,21 @@ def is_error(body: bytes) -> bool:
         return set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
     except (ValueError, LookupError, TypeError):
         return False
+
+
+def ask(asked: Asked) -> dict[str, Any]:
+    """The answer to a GET of "path", or to a chat with "body"; of "repeat" ones the last, and how often each status."""
+    message = request(asked, asked.get("path", hostile.CHAT), asked.get("body"))
+    statuses: dict[int, int] = {}
+    with connect(asked) as connection:
+        for _ in range(asked.get("repeat", 1)):
+            connection.sendall(message)
+            reply = received_answer(connection)
+            statuses[status(reply)] = statuses.get(status(reply), 0) + 1
+    head, _, body = reply.decode().partition("\r\n\r\n")
+    fields = (line.partition(": ") for line in head.split("\r\n")[1:])
+    headers = {name.lower(): value for name, _, value in fields}
+    return {"status": status(reply), "statuses": statuses, "headers": headers, "body": body}
 
 
 def slow(asked: Asked) -> dict[str, Any]:
@@ -129,7 +149,7 @@ def idle(asked: Asked) -> dict[str, Any]:
 
 
 def resets(asked: Asked) -> dict[str, Any]:
-    """HTTP/2: begins "streams" requests and takes each back at once. How many were answered, and the last frame's type."""
+    """HTTP/2: begins "streams" requests and takes each back at once. What has come back, by the type of frame."""
     fields = [
         (":method", "POST"),
         (":scheme", "https"),
@@ -147,7 +167,9 @@ def resets(asked: Asked) -> dict[str, Any]:
                 stream = 2 * number + 1
                 # Half a body, so that there is no end of the request to work on.
                 connection.sendall(
-                    frame(1, 4, stream, block) + frame(0, 0, stream, b'{"model":') + frame(3, 0, stream, struct.pack(">I", 8))
+                    frame(1, 4, stream, block)
+                    + frame(0, 0, stream, b'{"model":')
+                    + frame(3, 0, stream, struct.pack(">I", 8))
                 )
                 sent += 1
         except OSError:
@@ -296,12 +318,14 @@ async def gaps(asked: Asked) -> dict[str, Any]:
         end, times = await streaming(asked)
         if end != "whole":
             return {"end": end}
-        found += [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+        found += [later - earlier for earlier, later in itertools.pairwise(times)]
     return {"end": "whole", "median": statistics.median(found), "events": len(found)}
 
 
 def main() -> None:
-    command = {each.__name__: each for each in (attack, slow, idle, resets, latency, flood, streams, gaps)}[sys.argv[1]]
+    command = {each.__name__: each for each in (attack, ask, slow, idle, resets, latency, flood, streams, gaps)}[
+        sys.argv[1]
+    ]
     answer = command(json.load(sys.stdin))
     print(json.dumps(asyncio.run(answer) if asyncio.iscoroutine(answer) else answer))
 

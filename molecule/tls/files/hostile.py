@@ -1,7 +1,7 @@
 """Hostile requests and what has to come of each. Standard library only: it runs on a bare host.
 
-A request is what goes over the wire. {key} stands for a good key, {host} for the service's name. The answer is a status;
-0 means that the connection is closed without one.
+A request is what goes over the wire. {key} stands for a good key, {host} for the service's name. The answer is a
+status; 0 means that the connection is closed without one.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ SMUGGLING = [
     Attack("space before the colon", chunked(CHAT, "Transfer-Encoding : chunked\r\n", "0\r\n\r\n"), 400),
     Attack("chunk size that is none", chunked(CHAT, "Transfer-Encoding: chunked\r\n", "zz\r\n\r\n"), 400),
     Attack("chunk size that overflows", chunked(CHAT, "Transfer-Encoding: chunked\r\n", "f" * 20 + "\r\n\r\n"), 400),
-    Attack("chunks in HTTP/1.0", chunked(CHAT, "Transfer-Encoding: chunked\r\n", "0\r\n\r\n").replace("1.1", "1.0"), 400),
+    Attack(
+        "chunks in HTTP/1.0", chunked(CHAT, "Transfer-Encoding: chunked\r\n", "0\r\n\r\n").replace("1.1", "1.0"), 400
+    ),
     Attack("header folded", get("/metrics", "X-A: 1\r\n Transfer-Encoding: chunked\r\n"), 400),
     Attack("NUL in a header", get("/metrics", "X-A: \0\r\n"), 400),
     Attack("carriage return in a header", get("/metrics", "X-A: 1\rTransfer-Encoding: chunked\r\n"), 400),
@@ -105,11 +107,15 @@ HEADERS = [
     Attack("key with more behind it", get("/v1/models").replace("{key}", "{key} {key}"), 401),
     Attack("a key's hash as the key", get("/v1/models").replace("{key}", "{sha256}"), 401),
     Attack("no key and a closed path", get("/metrics").replace("Authorization", "X-Other"), 401),
-    Attack("no key and a large body", get(CHAT, f"Content-Length: {15 * MEGA}\r\n", "POST").replace("Auth", "X"), 401, MEGA),
+    Attack(
+        "no key and a large body", get(CHAT, f"Content-Length: {15 * MEGA}\r\n", "POST").replace("Auth", "X"), 401, MEGA
+    ),
 ]
 BODIES = [
     Attack("large body", get(CHAT, f"{JSON}Content-Length: {17 * MEGA}\r\n", "POST"), 413, MEGA),
-    Attack("large body in chunks", chunked(CHAT, "Transfer-Encoding: chunked\r\n", f"{17 * MEGA:x}\r\n"), 413, 18 * MEGA),
+    Attack(
+        "large body in chunks", chunked(CHAT, "Transfer-Encoding: chunked\r\n", f"{17 * MEGA:x}\r\n"), 413, 18 * MEGA
+    ),
     Attack("no JSON", post("{"), 400),
     Attack("JSON that names no model", post("[]"), 400),
     Attack("null", post("null"), 400),
@@ -138,7 +144,9 @@ METHODS = [
     Attack("HTTP/3.0 over TCP", get("/v1/models").replace("HTTP/1.1", "HTTP/3.0"), 505),
     Attack("websocket", get("/v1/realtime", "Connection: Upgrade\r\nUpgrade: websocket\r\n"), 404),
     Attack("websocket on an open path", get(CHAT, "Connection: Upgrade\r\nUpgrade: websocket\r\n"), 405),
-    Attack("HTTP/2 in clear", get("/metrics", "Connection: Upgrade\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"), 404),
+    Attack(
+        "HTTP/2 in clear", get("/metrics", "Connection: Upgrade\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"), 404
+    ),
     Attack("HTTP/2 without being asked", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
     Attack("no HTTP at all", "\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03\r\n\r\n", 400),
 ]

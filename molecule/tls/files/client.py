@@ -19,6 +19,7 @@ import statistics
 import struct
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -95,18 +96,20 @@ def is_error(body: bytes) -> bool:
 
 
 def ask(asked: Asked) -> dict[str, Any]:
-    """The answer to a GET of "path", or to a chat with "body"; of "repeat" ones the last, and how often each status."""
+    """Of "repeat" GETs of "path", or chats with "body": statuses and bodies of all, status and headers of the last."""
     message = request(asked, asked.get("path", hostile.CHAT), asked.get("body"))
-    statuses: dict[int, int] = {}
+    statuses: Counter[int] = Counter()
+    bodies = []
     with connect(asked) as connection:
         for _ in range(asked.get("repeat", 1)):
             connection.sendall(message)
             reply = received_answer(connection)
-            statuses[status(reply)] = statuses.get(status(reply), 0) + 1
-    head, _, body = reply.decode().partition("\r\n\r\n")
+            head, _, body = reply.decode().partition("\r\n\r\n")
+            statuses[status(reply)] += 1
+            bodies.append(body)
     fields = (line.partition(": ") for line in head.split("\r\n")[1:])
     headers = {name.lower(): value for name, _, value in fields}
-    return {"status": status(reply), "statuses": statuses, "headers": headers, "body": body}
+    return {"status": status(reply), "statuses": statuses, "headers": headers, "bodies": bodies}
 
 
 def slow(asked: Asked) -> dict[str, Any]:
@@ -189,10 +192,10 @@ def literal(name: str, value: str) -> bytes:
 
 def frames(data: bytes) -> dict[int, int]:
     """How many frames of each type there are."""
-    found: dict[int, int] = {}
+    found: Counter[int] = Counter()
     while len(data) >= 9:
         length = int.from_bytes(data[:3], "big")
-        found[data[3]] = found.get(data[3], 0) + 1
+        found[data[3]] += 1
         data = data[9 + length :]
     return found
 
@@ -244,7 +247,7 @@ async def opened(asked: Asked) -> tuple[asyncio.StreamReader, asyncio.StreamWrit
     return await asyncio.open_connection(asked.get("address", asked["host"]), asked.get("port", 443), **tls)
 
 
-async def flooding(asked: Asked, until: float, found: dict[int, int]) -> None:
+async def flooding(asked: Asked, until: float, found: Counter[int]) -> None:
     message = request(asked, hostile.CHAT, asked["body"])
     while time.monotonic() < until:
         reader, writer = await opened(asked)
@@ -254,7 +257,7 @@ async def flooding(asked: Asked, until: float, found: dict[int, int]) -> None:
                 writer.write(message)
                 head = await reader.readuntil(b"\r\n\r\n")
                 await reader.readexactly(int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0]))
-                found[status(head)] = found.get(status(head), 0) + 1
+                found[status(head)] += 1
                 await asyncio.sleep(max(0, begin + asked["pause"] - time.monotonic()))
         except (asyncio.IncompleteReadError, ConnectionError):
             pass  # after a thousand requests a connection is closed
@@ -264,7 +267,7 @@ async def flooding(asked: Asked, until: float, found: dict[int, int]) -> None:
 
 async def flood(asked: Asked) -> dict[str, Any]:
     """How often each status came in "seconds", on "connections" that each send a request every "pause" seconds."""
-    found: dict[int, int] = {}
+    found: Counter[int] = Counter()
     asked["context"] = context(asked)
     start = time.monotonic()
     await asyncio.gather(*(flooding(asked, start + asked["seconds"], found) for _ in range(asked["connections"])))
@@ -294,7 +297,7 @@ async def streaming(asked: Asked) -> tuple[str, list[float]]:
 
 async def streams(asked: Asked) -> dict[str, Any]:
     """How "streams" streams at a time ended that were begun, one after the other, for "seconds"."""
-    found: dict[str, int] = {}
+    found: Counter[str] = Counter()
     asked["context"] = context(asked) if "ca" in asked else None
     until = time.monotonic() + asked["seconds"]
 
@@ -304,7 +307,7 @@ async def streams(asked: Asked) -> dict[str, Any]:
             end, times = await streaming(asked)
             if end == "whole" and len(times) != asked["body"]["max_tokens"]:
                 end = f"{len(times)} events"
-            found[end] = found.get(end, 0) + 1
+            found[end] += 1
 
     await asyncio.gather(*(one_after_the_other(number) for number in range(asked["streams"])))
     return found

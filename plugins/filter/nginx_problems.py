@@ -33,6 +33,8 @@ _value:
   elements: str
 """
 
+import hashlib
+import ipaddress
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -40,20 +42,38 @@ from typing import Any
 DNS_NAME = re.compile(r"(?=.{1,253}\Z)(?!-)[A-Za-z0-9-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9-]{1,63}(?<!-))*")
 KEY = re.compile(r"[A-Za-z0-9._~+/=-]+")  # RFC 6750's b64token, which needs no quoting in nginx
 KEY_MIN_LENGTH = 20
+KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
 MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 SERVER = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?):([0-9]{1,5})")
 PATH = re.compile(r"(/[A-Za-z0-9_.~-]+)+")
 SIZE = re.compile(r"[1-9][0-9]*[kKmM]?")
 MAX_PORT = 65535
+AT_LEAST = {  # and what each counts
+    "nginx_read_timeout": (1, "second"),
+    "nginx_header_timeout": (1, "second"),
+    "nginx_body_timeout": (1, "second"),
+    "nginx_requests_per_second": (1, "request"),
+    "nginx_requests_burst": (0, "requests"),
+    "nginx_concurrent_requests": (1, "request"),
+    "nginx_anonymous_requests_per_second": (1, "request"),
+    "nginx_max_connections_per_address": (1, "connection"),
+    "nginx_max_choices": (1, "answer"),
+    "nginx_hsts_seconds": (0, "seconds"),
+}
 
 
 def nginx_problems(settings: dict[str, Any]) -> list[str]:
     return [
         *_name(settings),
         *_backends(settings["nginx_backends"]),
-        *_keys(settings),
+        *_drained(settings),
+        *_keys(settings["nginx_keys"]),
+        *_key("nginx_backend_key", settings["nginx_backend_key"]),
         *_ports(settings),
-        *_rest(settings),
+        *_paths(settings),
+        *_admin(settings),
+        *_numbers(settings),
     ]
 
 
@@ -98,15 +118,42 @@ def _backends(backends: list[dict[str, Any]]) -> Iterator[str]:
                 )
 
 
-def _keys(settings: dict[str, Any]) -> Iterator[str]:
-    if not settings["nginx_api_keys"]:
-        yield "nginx_api_keys is empty: list at least one key, or remove the variable to have one generated."
-    named = [(f"nginx_api_keys[{index}]", key) for index, key in enumerate(settings["nginx_api_keys"])]
-    for where, key in [*named, ("nginx_backend_key", settings["nginx_backend_key"])]:
-        if not KEY.fullmatch(key):
-            yield f"{where} is empty or has a character that is not one of A-Z a-z 0-9 . _ ~ + / = -: make another key."
-        elif len(key) < KEY_MIN_LENGTH:
-            yield f"{where} has {len(key)} characters: make a key of at least {KEY_MIN_LENGTH}."
+def _drained(settings: dict[str, Any]) -> Iterator[str]:
+    servers = [server for backend in settings["nginx_backends"] for server in backend["servers"]]
+    for server in settings["nginx_drained"]:
+        if server not in servers:
+            yield f"nginx_drained has {server!r}: use servers of nginx_backends, which are {', '.join(servers)}."
+
+
+def _keys(keys: list[dict[str, Any]]) -> Iterator[str]:
+    if not keys:
+        yield "nginx_keys is empty: list at least one key, or remove the variable to have one generated."
+    hashes: dict[str, int] = {}
+    for index, entry in enumerate(keys):
+        where = f"nginx_keys[{index}]"
+        if not KEY_NAME.fullmatch(entry["name"]):
+            yield f"{where}.name is {entry['name']!r}: use up to 64 of A-Z a-z 0-9 . _ -, the first a letter or digit."
+        key, sha256 = entry.get("key"), entry.get("sha256")
+        if (key is None) == (sha256 is None):
+            yield f"{where} needs either key or sha256, and not both."
+            continue
+        if key is not None:
+            problems = list(_key(f"{where}.key", key))
+        else:
+            problems = [] if SHA256.fullmatch(sha256) else [f"{where}.sha256 must have 64 hexadecimal digits."]
+        yield from problems
+        digest = sha256.lower() if sha256 is not None else hashlib.sha256(key.encode()).hexdigest()
+        if digest in hashes:
+            yield f"{where} has the same key as nginx_keys[{hashes[digest]}]: give each a key of its own."
+        elif not problems:
+            hashes[digest] = index
+
+
+def _key(where: str, key: str) -> Iterator[str]:
+    if not KEY.fullmatch(key):
+        yield f"{where} is empty or has a character that is not one of A-Z a-z 0-9 . _ ~ + / = -: make another key."
+    elif len(key) < KEY_MIN_LENGTH:
+        yield f"{where} has {len(key)} characters: make a key of at least {KEY_MIN_LENGTH}."
 
 
 def _ports(settings: dict[str, Any]) -> Iterator[str]:
@@ -118,25 +165,44 @@ def _ports(settings: dict[str, Any]) -> Iterator[str]:
         yield f"{names[0]} and {names[1]} are both {settings[names[0]]}: use two ports."
 
 
-def _rest(settings: dict[str, Any]) -> Iterator[str]:
-    paths = settings["nginx_allowed_paths"]
-    if not paths:
+def _paths(settings: dict[str, Any]) -> Iterator[str]:
+    if not settings["nginx_allowed_paths"]:
         yield "nginx_allowed_paths is empty: list at least one path, or remove the variable."
-    for path in paths:
-        if not PATH.fullmatch(path) or {".", ".."} & set(path.split("/")):
-            yield (
-                f"nginx_allowed_paths has {path!r}: "
-                "write it as /v1/models, of A-Z a-z 0-9 _ . ~ - and without a slash at its end."
-            )
-    if len(set(paths)) < len(paths):
-        yield "nginx_allowed_paths has a path twice: list each once."
+    for variable in ("nginx_allowed_paths", "nginx_admin_paths"):
+        paths = settings[variable]
+        for path in paths:
+            if not PATH.fullmatch(path) or {".", ".."} & set(path.split("/")):
+                yield (
+                    f"{variable} has {path!r}: "
+                    "write it as /v1/models, of A-Z a-z 0-9 _ . ~ - and without a slash at its end."
+                )
+            if path.startswith("/.llmfleet"):
+                yield f"{variable} has {path!r}, which the gateway uses itself: choose another."
+        if len(set(paths)) < len(paths):
+            yield f"{variable} has a path twice: list each once."
+    for path in set(settings["nginx_allowed_paths"]) & set(settings["nginx_admin_paths"]):
+        yield f"nginx_admin_paths has {path!r}, as has nginx_allowed_paths: decide for one."
+
+
+def _admin(settings: dict[str, Any]) -> Iterator[str]:
+    for network in settings["nginx_admin_networks"]:
+        try:
+            ipaddress.ip_network(network)
+        except ValueError as error:
+            yield f"nginx_admin_networks has {network!r} ({error}): write an address or a network as 10.0.0.0/24."
+    if settings["nginx_admin_paths"] and not settings["nginx_admin_networks"]:
+        yield "nginx_admin_paths is set, and nginx_admin_networks is empty: name the networks that may use them."
+
+
+def _numbers(settings: dict[str, Any]) -> Iterator[str]:
     if not SIZE.fullmatch(settings["nginx_max_body_size"]):
         yield (
             f"nginx_max_body_size is {settings['nginx_max_body_size']!r}: "
             "write a number of bytes, or one with k or m, as 16m."
         )
-    if settings["nginx_read_timeout"] < 1:
-        yield f"nginx_read_timeout is {settings['nginx_read_timeout']}: use at least 1 second."
+    for name, (least, what) in AT_LEAST.items():
+        if settings[name] < least:
+            yield f"{name} is {settings[name]}: use at least {least} {what}."
 
 
 class FilterModule:

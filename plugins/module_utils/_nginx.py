@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-import ipaddress
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -18,12 +18,18 @@ except ImportError:  # a bare host: the role nginx installs it
     x509 = None
 
 RENEW_BEFORE = timedelta(days=30)
+DOWN = re.compile(r"^\s*server\s+(\S+)\s+down;", re.MULTILINE)
 
 
 def missing_packages(wanted: Iterable[str], listed: str) -> list[str]:
     """``listed`` is what ``dpkg-query --show`` prints with the format ``${Package} ${db:Status-Status}``."""
     lines = set(listed.splitlines())
     return [package for package in wanted if f"{package} installed" not in lines]
+
+
+def drained(site: str) -> list[str]:
+    """The servers of upstreams that a configuration of nginx has marked ``down``, each once."""
+    return list(dict.fromkeys(DOWN.findall(site)))
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ def takes_requests(title: str) -> bool:
     return "worker process" in title and "shutting down" not in title
 
 
-def certificate_problem(ca: bytes, key: bytes, certificate: bytes, subject_alt_name: str, now: datetime) -> str:
+def certificate_problem(ca: bytes, key: bytes, certificate: bytes, subject_alt_names: list[str], now: datetime) -> str:
     """Why another certificate is needed, or nothing."""
     if x509 is None:
         return "python3-cryptography, which reads it, is missing"
@@ -58,7 +64,7 @@ def certificate_problem(ca: bytes, key: bytes, certificate: bytes, subject_alt_n
     problems = {
         "another CA signed it": not _signed_by(leaf, issuer),
         f"it expires on {end:%Y-%m-%d}": end - RENEW_BEFORE < now,
-        "nginx_server_name has changed": not _is_for(leaf, subject_alt_name),
+        "nginx_server_name or nginx_server_aliases has changed": _names(leaf) != set(subject_alt_names),
         "it does not belong to the key": _encoded(private_key.public_key()) != _encoded(leaf.public_key()),
     }
     return next((why for why, found in problems.items() if found), "")
@@ -75,15 +81,13 @@ def _signed_by(leaf: x509.Certificate, issuer: x509.Certificate) -> bool:
     return True
 
 
-def _is_for(leaf: x509.Certificate, subject_alt_name: str) -> bool:
+def _names(leaf: x509.Certificate) -> set[str]:
     try:
         names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
-        return False
-    kind, _, name = subject_alt_name.partition(":")
-    if kind == "IP":
-        return names.get_values_for_type(x509.IPAddress) == [ipaddress.ip_address(name)]
-    return names.get_values_for_type(x509.DNSName) == [name]
+        return set()
+    addresses = {f"IP:{address}" for address in names.get_values_for_type(x509.IPAddress)}
+    return addresses | {f"DNS:{name}" for name in names.get_values_for_type(x509.DNSName)}
 
 
 def _encoded(public_key: Any) -> bytes:

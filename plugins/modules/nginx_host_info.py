@@ -38,6 +38,9 @@ options:
     description: The link of which to tell whether it is there.
     type: path
     default: /etc/nginx/sites-enabled/default
+  site:
+    description: The site's configuration, of which to tell whether it is there and which servers it has marked C(down).
+    type: path
   loaded_files:
     description: Files and links that nginx has read, of which to tell whether one has changed since.
     type: list
@@ -62,9 +65,10 @@ options:
         description: The host's private key.
         type: path
         required: true
-      subject_alt_name:
-        description: The one name that the certificate is for, as V(DNS:llm.example.org) or V(IP:192.0.2.10).
-        type: str
+      subject_alt_names:
+        description: The names that the certificate is for, each as V(DNS:llm.example.org) or V(IP:192.0.2.10).
+        type: list
+        elements: str
         required: true
 """
 
@@ -116,6 +120,16 @@ default_site:
   description: Whether the link O(default_site) is there.
   returned: always
   type: bool
+site:
+  description: Whether the file O(site) is there.
+  returned: always
+  type: bool
+drained:
+  description: The servers that O(site) has marked C(down).
+  returned: always
+  type: list
+  elements: str
+  sample: ["10.77.1.12:8000"]
 certificate_to_do:
   description: Why the CA has to sign a certificate, as the end of a sentence. Empty where the present one will do.
   returned: always
@@ -151,6 +165,7 @@ from ansible_collections.llmfleet.serving.plugins.module_utils._host import Prog
 from ansible_collections.llmfleet.serving.plugins.module_utils._nginx import (
     Stat,
     certificate_problem,
+    drained,
     missing_packages,
     parse_stat,
     takes_requests,
@@ -224,6 +239,13 @@ def unconfined(dropin: str | None, nginx: Path | None) -> bool:
     return False
 
 
+def text(path: str | None) -> str:
+    try:
+        return Path(path).read_text() if path else ""
+    except OSError:
+        return ""
+
+
 def certificate_to_do(own_ca: dict[str, Any] | None) -> str:
     if own_ca is None:
         return ""
@@ -234,7 +256,7 @@ def certificate_to_do(own_ca: dict[str, Any] | None) -> str:
     except OSError:
         return "it is missing"
     now = datetime.now(timezone.utc)
-    return certificate_problem(own_ca["ca_content"].encode(), key, certificate, own_ca["subject_alt_name"], now)
+    return certificate_problem(own_ca["ca_content"].encode(), key, certificate, own_ca["subject_alt_names"], now)
 
 
 def main() -> None:
@@ -242,7 +264,7 @@ def main() -> None:
         "ca_content": {"type": "str", "required": True},
         "certificate_path": {"type": "path", "required": True},
         "privatekey_path": {"type": "path", "required": True},
-        "subject_alt_name": {"type": "str", "required": True},
+        "subject_alt_names": {"type": "list", "elements": "str", "required": True},
     }
     module = AnsibleModule(
         argument_spec={
@@ -251,6 +273,7 @@ def main() -> None:
             "files": {"type": "list", "elements": "path", "default": []},
             "ports": {"type": "list", "elements": "int", "default": []},
             "default_site": {"type": "path", "default": "/etc/nginx/sites-enabled/default"},
+            "site": {"type": "path"},
             "loaded_files": {"type": "list", "elements": "path", "default": []},
             "dropin": {"type": "path"},
             "own_ca": {"type": "dict", "options": own_ca},
@@ -258,6 +281,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     asked, nginx = module.params, master()
+    site = text(asked["site"])
     module.exit_json(
         changed=False,
         system=system(),
@@ -268,6 +292,8 @@ def main() -> None:
         files_there=[path for path in asked["files"] if Path(path).exists()],
         taken_ports=taken_ports(asked["ports"], is_nginx, PROC),
         default_site=os.path.lexists(asked["default_site"]),
+        site=bool(site),
+        drained=drained(site),
         certificate_to_do=certificate_to_do(asked["own_ca"]),
         running=nginx is not None,
         reload_pending=reload_pending(asked["loaded_files"], nginx),

@@ -92,6 +92,17 @@ def host(tmp_path: Path, run_module: Any) -> Host:
     return Host(tmp_path, run_module)
 
 
+def test_drained_servers_are_read_from_the_site(host: Host) -> None:
+    site = host.folder / "site.conf"
+    up, down = (
+        "    server 10.0.0.1:8000 max_fails=3;\n",
+        "    server 10.0.0.2:8000 down;\n    server [fd77::1]:80 down;\n",
+    )
+    site.write_text(f"upstream a {{\n{up}{down}}}\nupstream b {{\n{down}}}\n# server 10.0.0.9:1 down;\nserver {{\n}}\n")
+    found = host.look(site=str(site))
+    assert (found["site"], found["drained"]) == (True, ["10.0.0.2:8000", "[fd77::1]:80"])
+
+
 @pytest.mark.parametrize("check", [False, True])
 def test_bare_host(host: Host, check: bool) -> None:
     found = host.look(
@@ -100,6 +111,7 @@ def test_bare_host(host: Host, check: bool) -> None:
         directories=[str(host.folder), str(host.folder / "nginx"), str(host.bin / "systemctl")],
         ports=[80, 443],
         default_site=str(host.folder / "default"),
+        site=str(host.folder / "site.conf"),
         loaded_files=[str(host.folder / "site.conf")],
         dropin=str(host.folder / "dropin.conf"),
     )
@@ -113,6 +125,8 @@ def test_bare_host(host: Host, check: bool) -> None:
         "files_there": [],
         "taken_ports": {},
         "default_site": False,
+        "site": False,
+        "drained": [],
         "certificate_to_do": "",
         "running": False,
         "reload_pending": False,
@@ -361,7 +375,7 @@ class OwnCa:
             "ca_content": self.ca.decode(),
             "certificate_path": str(self.host.folder / "own.crt"),
             "privatekey_path": str(self.host.folder / "own.key"),
-            "subject_alt_name": self.name,
+            "subject_alt_names": [self.name],
         }
         return self.host.look(own_ca=asked)["certificate_to_do"]
 
@@ -381,8 +395,11 @@ def test_certificate_of_a_ca_with_an_rsa_key(host: Host) -> None:
 def test_certificate_for_an_address(host: Host, name: str) -> None:
     leaf = pem(certificate(EC_CA, KEY, [name]))
     assert OwnCa(host, name=name, certificate=leaf).say() == ""
-    assert OwnCa(host, name="IP:192.0.2.11", certificate=leaf).say() == "nginx_server_name has changed"
-    assert OwnCa(host, certificate=leaf).say() == "nginx_server_name has changed"
+    assert (
+        OwnCa(host, name="IP:192.0.2.11", certificate=leaf).say()
+        == "nginx_server_name or nginx_server_aliases has changed"
+    )
+    assert OwnCa(host, certificate=leaf).say() == "nginx_server_name or nginx_server_aliases has changed"
 
 
 @pytest.mark.parametrize(
@@ -391,9 +408,12 @@ def test_certificate_for_an_address(host: Host, name: str) -> None:
         ({"ca": b""}, "there is no CA yet"),
         ({"key": None}, "it is missing"),
         ({"certificate": None}, "it is missing"),
-        ({"name": "DNS:other.example.org"}, "nginx_server_name has changed"),
-        ({"certificate": pem(certificate(EC_CA, KEY, []))}, "nginx_server_name has changed"),
-        ({"certificate": pem(certificate(EC_CA, KEY, [NAME, "DNS:b.org"]))}, "nginx_server_name has changed"),
+        ({"name": "DNS:other.example.org"}, "nginx_server_name or nginx_server_aliases has changed"),
+        ({"certificate": pem(certificate(EC_CA, KEY, []))}, "nginx_server_name or nginx_server_aliases has changed"),
+        (
+            {"certificate": pem(certificate(EC_CA, KEY, [NAME, "DNS:b.org"]))},
+            "nginx_server_name or nginx_server_aliases has changed",
+        ),
         ({"certificate": pem(certificate(OTHER_CA, KEY, [NAME]))}, "another CA signed it"),
         ({"key": key_pem(OTHER_CA)}, "it does not belong to the key"),
         ({"key": key_pem(ed25519.Ed25519PrivateKey.generate())}, "it does not belong to the key"),
@@ -433,7 +453,7 @@ def test_old_cryptography_has_no_times_in_utc() -> None:
         with pytest.MonkeyPatch.context() as patched:
             real = x509.load_pem_x509_certificate
             patched.setattr(_nginx.x509, "load_pem_x509_certificate", lambda data: Old() if data == b"" else real(data))
-            return _nginx.certificate_problem(OwnCa.ca, key_pem(KEY), b"", NAME, now)
+            return _nginx.certificate_problem(OwnCa.ca, key_pem(KEY), b"", [NAME], now)
 
     assert say(NOW) == ""
     assert say(NOW + timedelta(days=71)).startswith("it expires on ")

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from typing import Any
 
@@ -15,6 +16,7 @@ nginx_problems = importlib.import_module(
 ).nginx_problems
 
 SECRET = "0123456789-0123456789"
+HASH = hashlib.sha256(SECRET.encode()).hexdigest()
 
 
 def problems(**changes: Any) -> list[str]:
@@ -22,13 +24,25 @@ def problems(**changes: Any) -> list[str]:
         "nginx_server_name": "gw.example.test",
         "nginx_server_aliases": ["api.example.test"],
         "nginx_backends": [{"model": "org/tiny-1.5:chat", "servers": ["10.0.0.1:8000", "[fd77::1]:8000", "gpu-1:1"]}],
-        "nginx_api_keys": [SECRET],
+        "nginx_keys": [{"name": "default", "key": SECRET}],
         "nginx_backend_key": SECRET,
         "nginx_http_port": 80,
         "nginx_https_port": 443,
         "nginx_allowed_paths": ["/v1/models", "/v1/chat/completions"],
+        "nginx_admin_paths": [],
+        "nginx_admin_networks": [],
+        "nginx_drained": [],
         "nginx_max_body_size": "16m",
         "nginx_read_timeout": 3600,
+        "nginx_header_timeout": 10,
+        "nginx_body_timeout": 30,
+        "nginx_requests_per_second": 50,
+        "nginx_requests_burst": 0,
+        "nginx_concurrent_requests": 128,
+        "nginx_anonymous_requests_per_second": 5,
+        "nginx_max_connections_per_address": 256,
+        "nginx_max_choices": 128,
+        "nginx_hsts_seconds": 0,
         **changes,
     }
     return nginx_problems({"name": nginx_name(settings["nginx_server_name"]), **settings})
@@ -58,6 +72,8 @@ def test_bad_names(name: str) -> None:
 
 def test_nothing_is_wrong() -> None:
     assert problems() == []
+    assert problems(nginx_admin_paths=["/metrics"], nginx_admin_networks=["10.0.0.0/8", "fd77::1"]) == []
+    assert problems(nginx_drained=["[fd77::1]:8000"]) == []
 
 
 @pytest.mark.parametrize(
@@ -73,7 +89,22 @@ def test_nothing_is_wrong() -> None:
         ({"nginx_backends": [{"model": "a", "servers": ["h"]}]}, "'h'"),
         ({"nginx_backends": [{"model": "a", "servers": ["h:65536"]}]}, "'h:65536'"),
         ({"nginx_backends": [{"model": "a", "servers": ["fd77::1:8000;"]}]}, "[address]:port"),
-        ({"nginx_api_keys": []}, "nginx_api_keys is empty"),
+        ({"nginx_keys": []}, "nginx_keys is empty"),
+        ({"nginx_keys": [{"name": "a b", "key": SECRET}]}, "nginx_keys[0].name is 'a b'"),
+        ({"nginx_keys": [{"name": "a"}]}, "either key or sha256"),
+        ({"nginx_keys": [{"name": "a", "key": SECRET, "sha256": HASH}]}, "either key or sha256"),
+        ({"nginx_keys": [{"name": "a", "sha256": HASH[1:]}]}, "nginx_keys[0].sha256 must have 64"),
+        (
+            {"nginx_keys": [{"name": "a", "key": SECRET}, {"name": "b", "sha256": HASH.upper()}]},
+            "nginx_keys[1] has the same key as nginx_keys[0]",
+        ),
+        ({"nginx_drained": ["gpu-1:2"]}, "nginx_drained has 'gpu-1:2'"),
+        ({"nginx_admin_paths": ["/metrics"]}, "nginx_admin_networks is empty"),
+        ({"nginx_admin_paths": ["/v1/models"], "nginx_admin_networks": ["10.0.0.1"]}, "decide for one"),
+        ({"nginx_admin_networks": ["10.0.0.1/8"]}, "'10.0.0.1/8'"),
+        ({"nginx_allowed_paths": ["/.llmfleet/1"]}, "uses itself"),
+        ({"nginx_requests_per_second": 0}, "nginx_requests_per_second is 0: use at least 1 request"),
+        ({"nginx_hsts_seconds": -1}, "nginx_hsts_seconds is -1"),
         ({"nginx_http_port": 0}, "nginx_http_port is 0"),
         ({"nginx_https_port": 80}, "both 80"),
         ({"nginx_allowed_paths": []}, "nginx_allowed_paths is empty"),
@@ -92,8 +123,8 @@ def test_each_problem_is_named(changes: dict[str, Any], says: str) -> None:
 
 @pytest.mark.parametrize("key", ["", "short", SECRET + '"', SECRET + "\n", SECRET + " ", SECRET + "$x"])
 def test_a_bad_key_is_named_and_not_shown(key: str) -> None:
-    (found,) = problems(nginx_api_keys=[SECRET, key])
-    assert found.startswith("nginx_api_keys[1] ")
+    (found,) = problems(nginx_keys=[{"name": "a", "key": SECRET}, {"name": "b", "key": key}])
+    assert found.startswith("nginx_keys[1].key ")
     assert SECRET not in found
     assert "short" not in found
     (found,) = problems(nginx_backend_key=key)

@@ -1,14 +1,27 @@
 // Ansible managed
-// Sends each request to the model that its JSON body names. Used only where several models are served.
+// Whose key a request has, and which model it is for.
+import crypto from 'crypto';
+
+const LISTED = ['cache-control', 'content-encoding', 'content-length', 'content-type', 'retry-after'];
+
+// The name of the key's owner, empty without a right key. llmfleet_keys is {SHA-256 of a key: name}, read from keys.json.
+function client(r) {
+    const given = /^bearer +([\w.~+/=-]+)$/i.exec(r.variables.http_authorization || '');
+    return given ? llmfleet_keys[crypto.createHash('sha256').update(given[1]).digest('hex')] || '' : '';
+}
 
 function refuse(r, status, message, param, code) {
     r.headersOut['Content-Type'] = 'application/json';
     r.return(status, JSON.stringify({error: {message: message, type: 'invalid_request_error', param: param, code: code}}));
 }
 
-// {model: number of its upstream}
+// {model: number of its upstream, or 0 where all its servers are drained}
 function routes(r) {
     return JSON.parse(r.variables.llmfleet_routes);
+}
+
+function isChoices(value, most) {
+    return value === undefined || value === null || Number.isInteger(value) && value >= 1 && value <= most;
 }
 
 function route(r) {
@@ -27,8 +40,9 @@ function route(r) {
     let body;
     try {
         body = JSON.parse(text);
-    } catch (error) {
-        refuse(r, 400, 'The request body is not valid JSON.', null, 'invalid_json');
+    } catch (error) { // not with the parser's message, which quotes the prompt
+        const deep = error.message.startsWith('Nested too deep');
+        refuse(r, 400, deep ? 'The request body is nested too deep.' : 'The request body is not valid JSON.', null, 'invalid_json');
         return;
     }
     const model = body === null ? undefined : body.model;
@@ -36,19 +50,38 @@ function route(r) {
         refuse(r, 400, 'You must provide a model parameter.', 'model', 'missing_model');
         return;
     }
+    const most = Number(r.variables.llmfleet_max_choices);
+    const wrong = ['n', 'best_of'].find((name) => !isChoices(body[name], most));
+    if (wrong) {
+        refuse(r, 400, `${wrong} must be a whole number from 1 to ${most}.`, wrong, 'invalid_value');
+        return;
+    }
     const known = routes(r);
-    if (!Object.keys(known).includes(model)) {
+    const names = Object.keys(known);
+    // The only model may have LoRA adapters with names of their own, which vLLM knows.
+    const name = names.length === 1 ? names[0] : model;
+    if (!names.includes(name)) {
         refuse(r, 404, `The model '${model.slice(0, 128)}' does not exist.`, 'model', 'model_not_found');
         return;
     }
+    if (!known[name]) {
+        r.return(503);
+        return;
+    }
     const query = r.variables.args ? `?${r.variables.args}` : '';
-    r.internalRedirect(`/.llmfleet/${known[model]}${r.uri}${query}`);
+    r.internalRedirect(`/.llmfleet/${known[name]}${r.uri}${query}`);
 }
 
 // The lists of all models' servers in one; those that do not answer are left out.
 async function models(r) {
+    if (r.method !== 'GET' && r.method !== 'HEAD') {
+        r.headersOut['Allow'] = 'GET, HEAD';
+        refuse(r, 405, 'Use GET here.', null, 'method_not_allowed');
+        return;
+    }
     const known = routes(r);
-    const replies = await Promise.all(Object.keys(known).map(
+    const served = Object.keys(known).filter((model) => known[model]);
+    const replies = await Promise.all(served.map(
         (model) => r.subrequest(`/.llmfleet/${known[model]}/v1/models`, {method: 'GET'})));
     let data = [];
     let answered = false;
@@ -60,15 +93,25 @@ async function models(r) {
             data = data.concat(JSON.parse(reply.responseText).data);
             answered = true;
         } catch (error) {
-            r.error(`a backend's list of models is not JSON: ${error.message}`);
+            r.error('a backend\'s list of models is not JSON');
         }
     });
     if (!answered) {
-        r.return(502);
+        r.return(served.length ? 502 : 503);
         return;
     }
     r.headersOut['Content-Type'] = 'application/json';
     r.return(200, JSON.stringify({object: 'list', data: data}));
 }
 
-export default {route, models};
+// Clients learn nothing of what stands behind: neither its version nor its addresses.
+function hide(r) {
+    Object.keys(r.headersOut).forEach((name) => {
+        const lower = name.toLowerCase();
+        if (!LISTED.includes(lower) && !lower.startsWith('x-ratelimit-')) {
+            delete r.headersOut[name];
+        }
+    });
+}
+
+export default {client, hide, models, route};

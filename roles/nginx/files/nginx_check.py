@@ -40,6 +40,8 @@ def check_nginx(target: str, staged: str) -> int:
         site = SITE.read_text().replace(target, staged)
     elif target.endswith(".js"):
         site = f"js_import llmfleet from {staged};"
+    elif target.endswith(".json"):
+        site = f"js_preload_object llmfleet_keys from {staged};"
     else:
         site = f"include {staged};"
     site_file = temporary(site)

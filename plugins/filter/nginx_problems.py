@@ -51,6 +51,7 @@ SIZE = re.compile(r"[1-9][0-9]*[kKmM]?")
 MAX_PORT = 65535
 AT_LEAST = {  # and what each counts
     "nginx_read_timeout": (1, "second"),
+    "nginx_worker_connections": (512, "connections"),
     "nginx_header_timeout": (1, "second"),
     "nginx_body_timeout": (1, "second"),
     "nginx_requests_per_second": (1, "request"),

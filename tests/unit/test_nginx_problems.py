@@ -34,6 +34,7 @@ def problems(**changes: Any) -> list[str]:
         "nginx_drained": [],
         "nginx_max_body_size": "16m",
         "nginx_read_timeout": 3600,
+        "nginx_worker_connections": 8192,
         "nginx_header_timeout": 10,
         "nginx_body_timeout": 30,
         "nginx_requests_per_second": 50,

@@ -127,16 +127,13 @@ def slow(asked: Asked) -> dict[str, Any]:
 
 
 def idle(asked: Asked) -> dict[str, Any]:
-    """Opens "connections" that say nothing, a part of a request, or nothing after TLS; then asks as a client would."""
+    """Opens "connections" to "at" that say no more than "begin"; then asks as a client would."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    place = (asked.get("address", asked["host"]), 443)
-    opened: list[socket.socket] = []
-    for number in range(asked["connections"]):
-        if number % 10 == 0:
-            opened.append(connect(asked))
-        else:
-            opened.append(socket.create_connection(place, 20))
+    place = (asked.get("address", asked["host"]), asked["at"])
+    opened = [socket.create_connection(place, 20) for _ in range(asked["connections"])]
+    for each in opened:
+        each.sendall(asked["begin"].encode())
     times = []
     for _ in range(asked["requests"]):
         start = time.monotonic()

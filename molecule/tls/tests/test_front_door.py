@@ -165,8 +165,9 @@ def test_slow_client_is_cut_off(door: Door, begin: str) -> None:
     assert found["seconds"] < 3 + 5, "nginx_header_timeout and nginx_body_timeout are 3 seconds here"
 
 
-def test_two_thousand_idle_connections_are_not_noticed(door: Door) -> None:
-    found = door.client("idle", connections=2000, requests=10)
+@pytest.mark.parametrize(("port", "begin"), [(443, ""), (80, "GET / HTTP/1.1\r\nX-Slow:")], ids=["silent", "half"])
+def test_two_thousand_idle_connections_are_not_noticed(door: Door, port: int, begin: str) -> None:
+    found = door.client("idle", connections=2000, requests=10, at=port, begin=begin)
     print(found)
     assert found["opened"] == 2000
     assert found["status"] == 200

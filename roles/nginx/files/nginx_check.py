@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 NGINX = Path("/etc/nginx")
+MAIN = NGINX / "nginx.conf"
 SITE = NGINX / "sites-available/llmfleet.conf"
 HTTP_SITE = NGINX / "sites-available/llmfleet-http.conf"
 SITES = NGINX / "sites-enabled"
@@ -34,7 +35,10 @@ def temporary(text: str) -> Path:
 def check_nginx(target: str, staged: str) -> int:
     """nginx -t on the host's own nginx.conf, with our site as it would be."""
     changed = HTTP_SITE if target == str(HTTP_SITE) else SITE
-    if target == str(changed):
+    main_text = Path(staged if target == str(MAIN) else MAIN).read_text()
+    if target == str(MAIN):
+        site = SITE.read_text() if (SITES / SITE.name).exists() else ""
+    elif target == str(changed):
         site = Path(staged).read_text()
     elif SITE.exists() and target in SITE.read_text():
         site = SITE.read_text().replace(target, staged)
@@ -47,11 +51,11 @@ def check_nginx(target: str, staged: str) -> int:
     site_file = temporary(site)
     files = [file for file in sorted(SITES.glob("[!.]*")) if file.name not in {changed.name, "default"}]
     includes = "\n".join(f"include {file};" for file in [*files, site_file])
-    main, found = INCLUDE.subn(lambda _: includes, (NGINX / "nginx.conf").read_text(), count=1)
+    main, found = INCLUDE.subn(lambda _: includes, main_text, count=1)
     main_file = temporary(main)
     try:
         if not found:
-            print(f"{NGINX}/nginx.conf lacks 'include {SITES}/*;': restore the distribution's file", file=sys.stderr)
+            print(f"{MAIN} lacks 'include {SITES}/*;': restore the distribution's file", file=sys.stderr)
             return 1
         return subprocess.run(["nginx", "-t", "-q", "-c", str(main_file)], check=False).returncode
     finally:

@@ -186,7 +186,7 @@ def test_filters_run_in_templates(run_playbook: Any, tmp_path: Path) -> None:
     """All of them, chained as in the roles, in one play."""
     result = {
         "instances": "{{ found | map(attribute='port') }}",
-        "endpoints": "{{ found | llmfleet.serving.endpoints | map(attribute='model') }}",
+        "endpoints": "{{ found | llmfleet.serving.endpoints(['10.0.0.9']) | map(attribute='model') }}",
         "probes": "{{ found | llmfleet.serving.probes | map(attribute='kind') }}",
         "watched": "{{ found | llmfleet.serving.watched('/etc/vllm', ['/unit']) | map(attribute='name') }}",
         "model_problems": "{{ models | llmfleet.serving.model_problems('8000', {}) }}",
@@ -200,7 +200,7 @@ def test_filters_run_in_templates(run_playbook: Any, tmp_path: Path) -> None:
         "plan_table": "{{ {'a': vllm_plans} | llmfleet.serving.plan_table(72) | last }}",
         "version_findings": "{{ '0.32.0' | llmfleet.serving.version_findings([], []) }}",
         "unknown_variables": "{{ ['vllm_model'] | llmfleet.serving.unknown_variables | length }}",
-        "backends": "{{ [{'vllm_instances': found | llmfleet.serving.endpoints}] | llmfleet.serving.backends }}",
+        "backends": "{{ [{'vllm_instances': found | llmfleet.serving.endpoints([])}] | llmfleet.serving.backends }}",
     }
     variables = {
         "models": [{"name": "a", "source": "org/a", "users": 4}, {"name": "b", "source": "/srv/b"}],

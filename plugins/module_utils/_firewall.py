@@ -97,7 +97,7 @@ def problems(settings: Mapping[str, Any]) -> list[str]:
     seconds = int(settings["firewall_rollback_seconds"])
     found = []
     if not settings["instances_known"]:
-        found.append("What this engine runs is not known: begin the playbook with llmfleet.serving.instances.")
+        found.append("What this engine runs is not known: run llmfleet.serving.firewall, or include_role llmfleet.serving.vllm with tasks_from: instances before this role.")
     if seconds not in ROLLBACK_SECONDS:
         found.append(
             f"firewall_rollback_seconds is {seconds}: give {ROLLBACK_SECONDS[0]} to {ROLLBACK_SECONDS[-1]} seconds."

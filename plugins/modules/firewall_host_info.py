@@ -34,6 +34,11 @@ options:
     description: The file of our firewalld policy.
     type: path
     required: true
+  files:
+    description: Text files whose content is told.
+    type: list
+    elements: path
+    default: []
 """
 
 EXAMPLES = r"""
@@ -88,6 +93,10 @@ ssh_port:
   returned: always
   type: int
   sample: 22
+files:
+  description: For each of O(files) its content, or null where it cannot be read.
+  returned: always
+  type: dict
 rollback_pending:
   description: Whether a run that was cut short has left rules that are going to be taken back.
   returned: always
@@ -211,6 +220,7 @@ def main() -> None:
             "unit": {"type": "str", "required": True},
             "rollback": {"type": "str", "required": True},
             "policy_file": {"type": "path", "required": True},
+            "files": {"type": "list", "elements": "path", "default": []},
         },
         supports_check_mode=True,
     )
@@ -226,6 +236,7 @@ def main() -> None:
         ssh_ports=ssh_ports(module, shown["ssh.socket"]),
         ssh_client=client,
         ssh_port=port,
+        files={path: content(Path(path)) for path in module.params["files"]},
         rollback_pending=shown[timer]["ActiveState"] == "active",
     )
 

@@ -97,7 +97,9 @@ def problems(settings: Mapping[str, Any]) -> list[str]:
     seconds = int(settings["firewall_rollback_seconds"])
     found = []
     if not settings["instances_known"]:
-        found.append("What this engine runs is not known: run llmfleet.serving.firewall, or include_role llmfleet.serving.vllm with tasks_from: instances before this role.")
+        found.append(
+            "What this engine runs is not known: run llmfleet.serving.firewall, or include_role llmfleet.serving.vllm with tasks_from: instances before this role."
+        )
     if seconds not in ROLLBACK_SECONDS:
         found.append(
             f"firewall_rollback_seconds is {seconds}: give {ROLLBACK_SECONDS[0]} to {ROLLBACK_SECONDS[-1]} seconds."
@@ -112,7 +114,9 @@ def problems(settings: Mapping[str, Any]) -> list[str]:
             found += _port_problems(f"{at}.ports", entry.get("ports") or ())
             found += _source_problems(f"{at}.sources", entry.get("sources") or ())
             if not COMMENT.fullmatch(str(entry.get("comment") or "")):
-                found.append(f"{at}.comment is {entry['comment']!r}: use at most 64 letters, digits, spaces and ._:/,@+-")
+                found.append(
+                    f"{at}.comment is {entry['comment']!r}: use at most 64 letters, digits, spaces and ._:/,@+-"
+                )
     return found
 
 

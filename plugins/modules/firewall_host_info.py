@@ -189,7 +189,8 @@ def firewalld(module: AnsibleModule, unit: dict[str, str]) -> dict[str, bool]:
 
 
 def ssh_ports(module: AnsibleModule, socket: dict[str, str]) -> list[int]:
-    found = _firewall.sshd_ports(output(module, "/usr/sbin/sshd", "-T") or "")
+    sshd = module.get_bin_path("sshd", opt_dirs=["/usr/sbin"])
+    found = _firewall.sshd_ports((output(module, sshd, "-T") if sshd else None) or "")
     if socket["ActiveState"] == "active" or socket["UnitFileState"] == "enabled":
         found |= _firewall.socket_ports(socket["Listen"])
     tables = [content(PROC / "net" / name) or "" for name in ("tcp", "tcp6")]

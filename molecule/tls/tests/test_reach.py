@@ -106,7 +106,9 @@ def test_udp_is_closed_and_ping_is_not(out: Host) -> None:
         assert scan(out, "gw", 4, 22, TRAP) == scan(out, "gw", 6, 22, TRAP) == [22, TRAP]
         for name in OPEN:
             assert rules(support.host(name)) == ""
-            left = "/etc/nftables.d /etc/systemd/system/nftables.service.d /etc/systemd/system/llmfleet-firewall.service"
+            left = (
+                "/etc/nftables.d /etc/systemd/system/nftables.service.d /etc/systemd/system/llmfleet-firewall.service"
+            )
             assert support.host(name).run(f"ls -d {left}").stdout == ""
     assert scan(out, "gw", 6, 22, TRAP) == [22]
 

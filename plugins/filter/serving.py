@@ -58,7 +58,7 @@ def known_variables() -> set[str]:
 def unknown_variables(names: Iterable[str]) -> list[str]:
     """One line for each name that has a role's prefix and is none of its variables, with the nearest one that is.
 
-    Other collections have variables that begin with nginx_ or firewall_: of these only what is nearly one of ours counts.
+    Others have variables that begin with nginx_ or firewall_, too: of these only what is nearly one of ours counts.
     """
     known = known_variables()
     found = []

@@ -66,7 +66,7 @@ def _port(port: Any) -> tuple[str, str | None]:
 
 
 def rules(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """An entry of the allow list as one rule for each address family; ``family`` is empty where any address may come."""
+    """Each entry as a rule for each address family; ``family`` is empty where any address may come."""
     found = []
     for entry in entries:
         rule = {
@@ -98,7 +98,8 @@ def problems(settings: Mapping[str, Any]) -> list[str]:
     found = []
     if not settings["instances_known"]:
         found.append(
-            "What this engine runs is not known: run llmfleet.serving.firewall, or include_role llmfleet.serving.vllm with tasks_from: instances before this role."
+            "What this engine runs is not known: run the playbook llmfleet.serving.firewall, or include the role vllm "
+            "with tasks_from: instances before this one."
         )
     if seconds not in ROLLBACK_SECONDS:
         found.append(
@@ -159,8 +160,8 @@ def host_problems(settings: Mapping[str, Any], host: Mapping[str, Any]) -> list[
         if asked not in ("auto", name):
             remedy = "`ufw disable`" if name == "ufw" else "`systemctl disable --now firewalld`"
             found.append(
-                f"firewall_backend is {asked}, but {name} is active on this host: set firewall_backend to auto or {name}, "
-                f"or turn it off there with {remedy}."
+                f"firewall_backend is {asked}, but {name} is active on this host: set firewall_backend to auto "
+                f"or {name}, or turn it off there with {remedy}."
             )
     if asked == "auto" and len(active) > 1:
         found.append("ufw and firewalld are both active on this host, and each undoes the other: turn one of them off.")
@@ -171,7 +172,8 @@ def host_problems(settings: Mapping[str, Any], host: Mapping[str, Any]) -> list[
             else ("not installed", "install and activate it there, with a rule for SSH")
         )
         found.append(
-            f"firewall_backend is {asked}, but {asked} is {what} on this host: {remedy}, or set firewall_backend to auto."
+            f"firewall_backend is {asked}, but {asked} is {what} on this host: {remedy}, "
+            "or set firewall_backend to auto."
         )
     if backend(asked, host) == "ufw":
         found += _ufw_problems(settings, host)
@@ -204,13 +206,13 @@ def _ssh_problems(settings: Mapping[str, Any], host: Mapping[str, Any]) -> Itera
 def _ufw_problems(settings: Mapping[str, Any], host: Mapping[str, Any]) -> Iterator[str]:
     if host["ufw"]["default_incoming"] not in ("DROP", "REJECT"):
         yield (
-            f"ufw's default for what comes in is {host['ufw']['default_incoming'].lower()}, so that every port is open: "
-            "run `ufw default deny incoming` there, or `ufw disable` to have nftables used."
+            f"ufw's default for what comes in is {host['ufw']['default_incoming'].lower()}, so that every port is "
+            "open: run `ufw default deny incoming` there, or `ufw disable` to have nftables used."
         )
     if not host["ufw"]["ipv6"]:
         yield (
-            "ufw filters no IPv6 on this host (IPV6=no in /etc/default/ufw), so that every port is open there: set IPV6=yes "
-            "and run `ufw reload`, or `ufw disable` to have nftables used."
+            "ufw filters no IPv6 on this host (IPV6=no in /etc/default/ufw), so that every port is open there: "
+            "set IPV6=yes and run `ufw reload`, or `ufw disable` to have nftables used."
         )
     denied = [rule for rule in host["ufw"]["rules"] if rule["action"] in ("deny", "reject")]
     wanted = _of_families(ufw_rules(settings["rules"]))
@@ -223,7 +225,7 @@ def _ufw_problems(settings: Mapping[str, Any], host: Mapping[str, Any]) -> Itera
 
 
 def plan(settings: Mapping[str, Any], host: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that the role does by: ``backend``, ``problems``, ``rules``, and for ufw what is to add and to delete."""
+    """What the role does by: ``backend``, ``problems``, ``rules``, and for ufw what is to add and to delete."""
     found = problems(settings)
     if found:
         return {"backend": "", "problems": found, "rules": [], "ssh_ports": [], "ufw": {"add": [], "delete": []}}
@@ -278,7 +280,8 @@ def ssh_connection(environment: str) -> tuple[str, int] | None:
 # --- ufw --------------------------------------------------------------------------------------------------------
 
 TUPLE = re.compile(
-    r"^### tuple ### (?P<action>\w+) (?P<protocol>\w+) (?P<port>\S+) (?P<to>\S+) any (?P<source>\S+) in(?: comment=(?P<comment>\w+))?$",
+    r"^### tuple ### (?P<action>\w+) (?P<protocol>\w+) (?P<port>\S+) (?P<to>\S+) any (?P<source>\S+) in"
+    r"(?: comment=(?P<comment>\w+))?$",
     re.MULTILINE,
 )
 ANY = {"0.0.0.0/0": "any", "::/0": "any"}
@@ -336,7 +339,7 @@ def _tuple(rule: Mapping[str, Any]) -> Tuple:
 
 
 def ufw_changes(wanted: Sequence[Mapping[str, str]], present: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What is to add and to delete. A rule of somebody else that says the same is left alone: ufw would make it ours."""
+    """What is to add and to delete. Another's rule that says the same is left alone: ufw would make it ours."""
     tuples = _of_families(wanted)
     there = {_tuple(rule) for rule in present}
     missing = [rule for rule in wanted if any(tuples[one] is rule and one not in there for one in tuples)]

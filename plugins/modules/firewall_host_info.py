@@ -60,14 +60,14 @@ system:
   sample: debian 12
 nftables:
   description:
-    - Whether nft is C(installed), the table C(loaded), and C(in_force), that is as the file says and loaded at each boot.
+    - Whether nft is C(installed), the table C(loaded), and C(in_force), as the file says and loaded at each boot.
     - C(unit) tells whether O(unit) is there, C(present) whether there is anything of ours.
   returned: always
   type: dict
   sample: {installed: true, loaded: true, in_force: true, unit: true, present: true}
 ufw:
   description:
-    - Whether ufw is C(installed) and C(active), whether it filters C(ipv6), its C(default_incoming), and its plain C(rules).
+    - Whether ufw is C(installed) and C(active), and filters C(ipv6); its C(default_incoming) and its plain C(rules).
     - C(present) tells whether one of the rules is ours.
   returned: always
   type: dict
@@ -195,7 +195,7 @@ def ssh_ports(module: AnsibleModule, socket: dict[str, str]) -> list[int]:
         found |= _firewall.socket_ports(socket["Listen"])
     tables = [content(PROC / "net" / name) or "" for name in ("tcp", "tcp6")]
     sockets = {inode: port for table in tables for inode, port in listening(table).items()}
-    for inode, programs in holders(sockets).items():
+    for inode, programs in holders(sockets, PROC).items():
         if any(program.name in SSH_SERVERS for program in programs):
             found.add(sockets[inode])
     return sorted(found)

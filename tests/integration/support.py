@@ -49,8 +49,10 @@ class Run:
 
 
 def command(playbook: str, *arguments: str, variables: dict[str, Any] | None = None) -> list[str]:
+    """A playbook of the collection by its name, or another by its path."""
+    name = playbook if playbook.endswith(".yml") else f"llmfleet.serving.{playbook}"
     extra = ["--extra-vars", json.dumps(variables)] if variables else []
-    return ["ansible-playbook", "--inventory", str(INVENTORY), *extra, *arguments, f"llmfleet.serving.{playbook}"]
+    return ["ansible-playbook", "--inventory", str(INVENTORY), *extra, *arguments, name]
 
 
 def play(playbook: str, *arguments: str, variables: dict[str, Any] | None = None) -> Run:

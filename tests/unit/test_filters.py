@@ -187,7 +187,7 @@ def test_filters_run_in_templates(run_playbook: Any, tmp_path: Path) -> None:
     """All of them, chained as in the roles, in one play."""
     result = {
         "instances": "{{ found | map(attribute='port') }}",
-        "endpoints": "{{ found | llmfleet.serving.endpoints | map(attribute='model') }}",
+        "endpoints": "{{ found | llmfleet.serving.endpoints(['10.0.0.9']) | map(attribute='model') }}",
         "probes": "{{ found | llmfleet.serving.probes | map(attribute='kind') }}",
         "watched": "{{ found | llmfleet.serving.watched('/etc/vllm', ['/unit']) | map(attribute='name') }}",
         "model_problems": "{{ models | llmfleet.serving.model_problems('8000', {}) }}",
@@ -200,8 +200,10 @@ def test_filters_run_in_templates(run_playbook: Any, tmp_path: Path) -> None:
         "plan_refusals": "{{ {'a': vllm_plans} | llmfleet.serving.plan_refusals(72) | first }}",
         "plan_table": "{{ {'a': vllm_plans} | llmfleet.serving.plan_table(72) | last }}",
         "version_findings": "{{ '0.32.0' | llmfleet.serving.version_findings([], []) }}",
+        "firewall_allow": "{{ ['gateways'] | llmfleet.serving.firewall_allow([], [80]) | map(attribute='ports') }}",
+        "firewall_plan": "{{ firewall | llmfleet.serving.firewall_plan({}) | dict2items | length }}",
         "unknown_variables": "{{ ['vllm_model'] | llmfleet.serving.unknown_variables | length }}",
-        "backends": "{{ [{'vllm_instances': found | llmfleet.serving.endpoints}] | llmfleet.serving.backends }}",
+        "backends": "{{ [{'vllm_instances': found | llmfleet.serving.endpoints([])}] | llmfleet.serving.backends }}",
     }
     variables = {
         "models": [{"name": "a", "source": "org/a", "users": 4}, {"name": "b", "source": "/srv/b"}],
@@ -217,6 +219,11 @@ def test_filters_run_in_templates(run_playbook: Any, tmp_path: Path) -> None:
             "files": {},
             "taken_ports": {"8001": "x"},
             "nvidia_driver_version": None,
+        },
+        "firewall": {
+            "instances_known": False,
+            "firewall_rollback_seconds": 60,
+            **{f"firewall_{name}": [] for name in ("ssh_ports", "ssh_sources", "allow", "allow_more")},
         },
         "vllm_plans": {"plans": [{"name": "a", "refusal": {"reason": "It does not fit."}}]},
         "result": result,
@@ -239,6 +246,8 @@ def test_filters_run_in_templates(run_playbook: Any, tmp_path: Path) -> None:
         "plan_page": True,
         "plan_refusals": "1 instance does not fit.",
         "plan_table": "does not fit.",
+        "firewall_allow": [["80"]],
+        "firewall_plan": 5,
         "version_findings": {"problems": [], "warnings": []},
         "unknown_variables": 1,
         "backends": [

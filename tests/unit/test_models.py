@@ -290,7 +290,9 @@ def test_hub_ids_that_look_like_the_models_folder(source: str) -> None:
 
 def test_outputs_for_others() -> None:
     found = _models.instances([model(environment={"TOKEN": "secret"}, flags={"seed": 1})], "10.0.0.1", 8000, 120)
-    assert _models.endpoints(found) == [{"model": "tiny", "host": "10.0.0.1", "port": 8000, "kind": "completion"}]
+    assert _models.endpoints(found, ["10.0.0.9"]) == [
+        {"model": "tiny", "host": "10.0.0.1", "port": 8000, "kind": "completion", "clients": ["10.0.0.9"]}
+    ]
     assert _models.probes(found) == [{"name": "tiny", "host": "10.0.0.1", "port": 8000, "kind": "completion"}]
     assert _models.watched(found, "/etc/vllm", ["/unit", "/recipe"]) == [
         {

@@ -395,7 +395,7 @@ def test_drain_lets_streams_end_and_is_remembered(door: Door) -> None:
         "model": "tiny",
         "stream": True,
         "max_tokens": 1500,
-        "n": 48,  # so that they go on for longer than the run needs
+        "n": 16,  # so that they go on for longer than the run needs
         "ignore_eos": True,
         "messages": [{"role": "user", "content": "Hi"}],
     }

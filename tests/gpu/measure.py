@@ -6,11 +6,12 @@
     measure.py CASES.json RESULTS.jsonl [--gpus 4] [--seconds 500]
 
 A case is {"id", "model" (a folder with config.json), "engine": {vLLM's arguments}, "utilization": 0.9, "peak": true,
-"simulated_gpu_gib": 24 or null, "hold_bytes": memory that another process has, "load": {...}, "environment": {}}.
+"simulated_gpu_gib": 24 or null, "hold_bytes": memory that another process has, "loads": [...], "environment": {}}.
 With simulated_gpu_gib the utilization is of a card of that size. Weights are dummies of the real shapes. Each case
 starts with empty compile caches, unless "cache" names a folder to share. "peak" lists what is allocated when the
-profile run needs most; "load" is {"requests", "prompt", "output", "logprobs"}: tokens of so many requests at once.
-Cases run side by side, one a GPU; those with tensor parallelism run by themselves afterwards.
+profile run needs most; a load is {"requests", "prompt", "output", "sampling": {SamplingParams' arguments}}: so many
+requests at once, of so many tokens. {"id", "together": [cases]} starts several on the same GPUs at the same time.
+Each case runs as soon as there are GPUs for it, in the order of the list.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import queue
+import random
 import re
 import subprocess
 import sys
@@ -43,6 +44,8 @@ LOG = {
 
 
 def gpus_of(case: dict) -> int:
+    if "together" in case:
+        return max(map(gpus_of, case["together"]))
     return case["engine"].get("tensor_parallel_size", 1) * case["engine"].get("pipeline_parallel_size", 1)
 
 
@@ -123,24 +126,16 @@ def free_now(worker) -> int:
     return int(torch.cuda.mem_get_info()[0])
 
 
-def loaded(llm, longest: int, load: dict) -> dict:
-    """So many requests at once, with the sampler's costly options: seconds, tokens a second, and what is free then."""
+def loaded(llm, longest: int, load: dict, seed: int) -> dict:
+    """So many requests at once: seconds, tokens a second, and what is free then. No prompt is one of another seed's."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(
-        max_tokens=load["output"],
-        ignore_eos=True,
-        temperature=0.8,
-        top_p=0.9,
-        top_k=50,
-        frequency_penalty=0.5,
-        logprobs=load.get("logprobs"),
-        detokenize=False,
+        max_tokens=load["output"], ignore_eos=True, detokenize=False, **(load.get("sampling") or {})
     )
     length = min(load["prompt"], longest - load["output"] - 1)
-    prompts = [
-        {"prompt_token_ids": [(7 * at + step) % 30000 + 10 for step in range(length)]} for at in range(load["requests"])
-    ]
+    draw = random.Random(seed)
+    prompts = [{"prompt_token_ids": draw.choices(range(10, 30000), k=length)} for _ in range(load["requests"])]
     start = time.monotonic()
     answers = llm.generate(prompts, sampling, use_tqdm=False)
     seconds = time.monotonic() - start
@@ -207,8 +202,8 @@ def one(case: dict) -> dict:
             for group in groups
         ]
         found["parameters"] = sum(p.numel() for p in core.model_executor.driver_worker.worker.get_model().parameters())
-    if case.get("load"):
-        found["load"] = loaded(llm, found["max_model_len"], case["load"])
+    longest = found["max_model_len"]
+    found["loads"] = [loaded(llm, longest, load, seed) for seed, load in enumerate(case.get("loads", ()))]
     return found
 
 
@@ -274,32 +269,37 @@ def main() -> None:
         print("MEASURED " + json.dumps(one(cases)), flush=True)
         return
     deadline = time.monotonic() + options.seconds
-    lock = threading.Lock()
-    width = {
-        case["id"]: case["engine"].get("tensor_parallel_size", 1) * case["engine"].get("pipeline_parallel_size", 1)
-        for case in cases
-    }
-    single: queue.Queue = queue.Queue()
+    lock, changed = threading.Lock(), threading.Condition()
+    free = [options.first + gpu for gpu in range(options.gpus)]
+
+    def work(case: dict, gpus: list[int]) -> None:
+        parts = [
+            threading.Thread(target=run, args=(part, gpus, options.out, lock)) for part in case.get("together", [case])
+        ]
+        for part in parts:
+            part.start()
+        for part in parts:
+            part.join()
+        with changed:
+            free.extend(gpus)
+            changed.notify()
+
+    working = []
     for case in cases:
-        if width[case["id"]] == 1:
-            single.put(case)
-
-    def work(gpu: int) -> None:
-        while time.monotonic() < deadline:
-            try:
-                case = single.get_nowait()
-            except queue.Empty:
-                return
-            run(case, [gpu], options.out, lock)
-
-    threads = [threading.Thread(target=work, args=(options.first + gpu,)) for gpu in range(options.gpus)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
+        width = gpus_of(case)
+        if width > options.gpus:
+            parser.error(f"{case['id']} needs {width} GPUs, and --gpus is {options.gpus}")
+        with changed:
+            changed.wait_for(lambda width=width: len(free) >= width)
+            taken = sorted(free)[:width]
+            free[:] = [gpu for gpu in free if gpu not in taken]
+        if time.monotonic() > deadline:
+            print(case["id"], "not started: --seconds are over")
+            break
+        working.append(threading.Thread(target=work, args=(case, taken)))
+        working[-1].start()
+    for thread in working:
         thread.join()
-    for case in cases:
-        if width[case["id"]] > 1 and time.monotonic() < deadline:
-            run(case, [options.first + gpu for gpu in range(width[case["id"]])], options.out, lock)
 
 
 if __name__ == "__main__":

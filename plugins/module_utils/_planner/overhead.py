@@ -34,7 +34,10 @@ LOADING_REST = 16 * MIB  # the same of blocks that loading has freed and used ag
 LOADING_REST_QUANTIZED = 48 * MIB  # where kernels repack weights
 GRAPH = 0.37 * MIB  # of one layer in the graphs of one batch size
 GRAPH_SINKS = 0.28 * MIB  # the same of gpt-oss
-GRAPH_WIDE = 340 * MIB  # what graphs for 512 sequences at once take more than those for 256
+# The second largest graph for decoding stands for all of them, with what is loaded while it is captured
+# (v1/worker/gpu/cudagraph_utils.py _extrapolate_full_graph_memory). Seen for 9 of 15 models and max_num_seqs above 64.
+GRAPH_SECOND = 6.8 * MIB
+GRAPH_SECOND_FROM = 64
 GRAPH_MLA = 200 * MIB  # what MLA's decode kernels allocate when the first graph is captured
 RUNTIME = (
     448 * MIB
@@ -295,9 +298,11 @@ def _graphs(setting: Setting, layers: int) -> int:
         setting.compute_capability,
     )
     mla = any(cache.kind == "mla" for layer in architecture.layers for cache in layer.caches)
-    wide = max(0, min(setting.max_num_seqs, sizes[-1]) - 256) / 256
     each = GRAPH_SINKS if architecture.sinks else GRAPH
-    return int(each * layers * len(sizes) + GRAPH_WIDE * wide) + (GRAPH_MLA if mla else 0)
+    decoding = sum(size <= setting.max_num_seqs for size in sizes)
+    estimated = setting.version >= COUNTS_GRAPHS and setting.max_num_seqs > GRAPH_SECOND_FROM
+    second = GRAPH_SECOND * (decoding - 1) if estimated else 0
+    return int(each * layers * len(sizes) + second) + (GRAPH_MLA if mla else 0)
 
 
 def _sampling(setting: Setting, peak: int) -> int:

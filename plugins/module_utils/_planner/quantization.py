@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 from .architecture import Tensor
@@ -119,8 +120,7 @@ def _matcher(patterns: tuple[str, ...], within: bool) -> Callable[[Sequence[str]
 
     def matches(names: Sequence[str]) -> bool:
         for name in names:
-            parts = name.split(".")
-            if any(".".join(parts[:end]) in plain for end in range(1, len(parts) + 1)):
+            if not plain.isdisjoint(accumulate(name.split("."), "{}.{}".format)):
                 return True
             tail = _TAIL.search(name) if tails and "vision" not in name else None
             if (tail and tail[0] in tails) or any(expression.match(name) for expression in expressions):

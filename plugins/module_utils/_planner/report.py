@@ -221,12 +221,17 @@ def hardware(host: Mapping[str, Any]) -> str:
         cut = f" in {count(len(mig.get('instances') or ()), 'MIG instance')}" if mig.get("enabled") else ""
         kind = f"{clean(gpu.get('name'))}{' ' + gib(size) if size else ''}{cut}"
         kinds[kind] = kinds.get(kind, 0) + 1
-    said = [f"{number} x {kind}" for kind, number in kinds.items()] or ["no GPU"]
+    none = "GPUs not looked at" if opted_out(host) else "no GPU"
+    said = [f"{number} x {kind}" for kind, number in kinds.items()] or [none]
     if host.get("driver_version"):
         said.append(f"driver {clean(host['driver_version'])}")
     if host.get("engine_version"):
         said.append(f"vLLM {clean(host['engine_version'])}")
     return ", ".join(said)
+
+
+def opted_out(host: Mapping[str, Any]) -> bool:
+    return host.get("platform") != "cpu" and host.get("planned") is False
 
 
 def notes(host: Mapping[str, Any]) -> list[str]:
@@ -235,6 +240,8 @@ def notes(host: Mapping[str, Any]) -> list[str]:
         return ["Not planned: this run did not look at this host."]
     if host.get("platform") == "cpu":
         return ["CPU: not planned."]
+    if opted_out(host):
+        return ["Not planned: vllm_plan is false here."]
     said = []
     if not host.get("plans"):
         said.append("No models.")

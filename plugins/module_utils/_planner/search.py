@@ -26,7 +26,9 @@ from .wish import Gpu, Wish, without_gpus
 
 # A step of fewer tokens slows prefill and frees little; it is vLLM's own default for cards below 70 GiB.
 LEAST_BATCH = 2048
-MOST_FREE_SEQS = 256  # without `users`: vLLM's default for cards below 70 GiB
+# Without `users`. Of 1024 sequences on a large card each takes memory; docs/measurements.md has what 256 cost in speed.
+PLENTY_SEQS = 256
+TOKENS_A_SEQ = 512
 LEAST_SEQS = 8
 # A context that nobody asked for is worth more GPUs only below this many tokens.
 LEAST_CONTEXT = 4096
@@ -177,7 +179,7 @@ def batches(task: Task, gpu: Gpu) -> Iterator[Batch]:
     tokens, seqs = support.default_batch(task.engine.release, gpu.total_bytes, gpu.name, gpu.compute_capability)
     fixed_tokens = wish.flags.get("max_num_batched_tokens")
     fixed_seqs = wish.flags.get("max_num_seqs") or wish.users
-    all_seqs = [fixed_seqs] if fixed_seqs else halved(min(seqs, MOST_FREE_SEQS), LEAST_SEQS)
+    all_seqs = [fixed_seqs] if fixed_seqs else halved(seqs, LEAST_SEQS)
     if fixed_tokens and not fixed_seqs:
         all_seqs = sorted({min(each, fixed_tokens) for each in all_seqs}, reverse=True)
     fixed_eager = wish.flags.get("enforce_eager")
@@ -336,6 +338,13 @@ def shortfall(found: Try) -> str | None:
     return None
 
 
+def crowds(found: Try) -> bool:
+    """Whether the batch has room for more sequences than the KV cache has, at a short chat's length."""
+    wish, seqs = found.task.wish, found.setting.max_num_seqs
+    chosen = not (wish.users or wish.flags.get("max_num_seqs"))
+    return chosen and seqs > PLENTY_SEQS and kv_cache.needed(found.layouts) and found.tokens < seqs * TOKENS_A_SEQ
+
+
 def spare_bytes(found: Try, place: int) -> int:
     """What stays free on one of the GPUs when the engine runs at full load."""
     cache = found.available[place // found.split.tensor]
@@ -377,9 +386,10 @@ def solve(task: Task, gpus: Sequence[Gpu]) -> Outcome:
     nearest: Try | None = None
     why_nearest = ""
     hopeless = set()
+    crowded: dict[tuple[Any, ...], Try] = {}
     # CUDA graphs are given up last of all; otherwise the order stands.
     for split, chosen, batch in sorted(ways, key=lambda way: way[-1].eager):
-        if (split, chosen) in hopeless:
+        if (split, chosen) in hopeless or (split, chosen, batch.seqs) in crowded:
             continue
         try:
             found = attempt(task, split, chosen, batch)
@@ -388,6 +398,9 @@ def solve(task: Task, gpus: Sequence[Gpu]) -> Outcome:
             hopeless.add((split, chosen))
             continue
         why = shortfall(found)
+        if why is None and crowds(found):
+            crowded[split, chosen, batch.seqs] = found
+            continue
         if why is None:
             return Outcome(found=found)
         if any(gpu.free_bytes < found.rank_of(place).weights_bytes for place, gpu in enumerate(chosen)):
@@ -396,6 +409,8 @@ def solve(task: Task, gpus: Sequence[Gpu]) -> Outcome:
             why = shortfall(found) or why
         if nearest is None or _closeness(found) > _closeness(nearest):
             nearest, why_nearest = found, why
+    if crowded:
+        return Outcome(found=next(iter(crowded.values())))
     if nearest is None:
         return Outcome(reason=impossible[0] if impossible else _not_so_many(task.wish, gpus))
     return Outcome(reason=why_nearest, nearest=nearest)

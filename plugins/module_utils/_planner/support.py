@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from .architecture import Architecture, Attention, State
@@ -442,9 +443,11 @@ def _flashinfer(
     return cache_dtype in (*PLAIN, *FP8, "fp8_e5m2")
 
 
-def _caches(architecture: Architecture) -> Iterator[Any]:
-    for layer in architecture.layers:
-        yield from (cache for cache in layer.caches if cache.kind != "encoder")
+@lru_cache(maxsize=64)
+def _caches(architecture: Architecture) -> tuple[Any, ...]:
+    """The kinds of cache that the layers have, each once."""
+    found = (cache for layer in architecture.layers for cache in layer.caches if cache.kind != "encoder")
+    return tuple(dict.fromkeys(found))
 
 
 def _has(architecture: Architecture, kind: str) -> bool:

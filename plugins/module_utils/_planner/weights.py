@@ -203,21 +203,20 @@ def indivisible(
         return None
     if architecture.heads % tp:
         return f"{architecture.heads} attention heads are not divisible by tensor_parallel_size={tp}"
-    for tensor in (*architecture.outer, *architecture.vision, *_kinds_of(architecture.layers)):
+    for tensor in (*architecture.outer, *architecture.vision, *_kinds_of(architecture)):
         why = _uncut(tensor, quantization, tp, expert_parallel)
         if why:
             return why
     return None
 
 
-def _kinds_of(layers: Iterable[Layer]) -> Iterable[Tensor]:
+@lru_cache(maxsize=64)
+def _kinds_of(architecture: Architecture) -> tuple[Tensor, ...]:
     """The tensors of the layers, one of each name, shape and cut."""
-    seen = set()
-    for tensor in (each for layer in layers for each in layer.tensors):
-        key = (_summary(tensor.name), tensor.shape, tensor.parallel)
-        if key not in seen:
-            seen.add(key)
-            yield tensor
+    kinds = {}
+    for tensor in (each for layer in architecture.layers for each in layer.tensors):
+        kinds.setdefault((_summary(tensor.name), tensor.shape, tensor.parallel), tensor)
+    return tuple(kinds.values())
 
 
 def _uncut(tensor: Tensor, quantization: Quantization | None, tp: int, expert_parallel: bool) -> str | None:

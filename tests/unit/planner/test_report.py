@@ -338,6 +338,8 @@ def test_instances_of_a_partitioned_gpu_are_no_neighbours_in_memory() -> None:
     [
         ({}, "Not planned: this run did not look at this host."),
         (host(gpus=[], platform="cpu", driver_version=None), "CPU: not planned."),
+        ({**host(gpus=[], driver_version=None), "planned": False}, "GPUs not looked at"),
+        ({**host(gpus=[], driver_version=None), "planned": False}, "Not planned: vllm_plan is false here."),
         (host(), "No models."),
         (host(plan(), gpus=[gpu(0), gpu(1), gpu(2)]), "GPUs 1-2: not used."),
         (host(plan(), gpus=[gpu(0), gpu(1, problem="is lost")]), "GPU 1 cannot be used: is lost"),

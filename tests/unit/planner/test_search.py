@@ -267,6 +267,16 @@ def test_old_gpus() -> None:
     assert plan(TINY, two)["gpus"] == [1]
 
 
+@pytest.mark.parametrize(
+    ("model", "size", "seqs"),
+    [(QWEN, 24, 256), (QWEN, 80, 1024), ("Qwen/Qwen3-30B-A3B-FP8", 79.2, 512), (SCOUT, 141, 256)],
+)
+def test_without_users_as_many_requests_as_the_cache_has_room_for(model: str, size: float, seqs: int) -> None:
+    found = plan(model, [gpu(size, compute_capability=(9, 0))], context=8192)
+    assert found["flags"]["max_num_seqs"] == seqs
+    assert seqs == 256 or found["kv_cache_tokens"] >= seqs * 512
+
+
 # -- refusals and messages --------------------------------------------------------------------------------------------
 
 

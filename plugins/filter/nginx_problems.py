@@ -54,6 +54,7 @@ AT_LEAST = {  # and what each counts
     "nginx_worker_connections": (512, "connections"),
     "nginx_header_timeout": (1, "second"),
     "nginx_body_timeout": (1, "second"),
+    "nginx_drain_timeout": (1, "second"),
     "nginx_requests_per_second": (1, "request"),
     "nginx_requests_burst": (0, "requests"),
     "nginx_concurrent_requests": (1, "request"),

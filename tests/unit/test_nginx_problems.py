@@ -37,6 +37,7 @@ def problems(**changes: Any) -> list[str]:
         "nginx_worker_connections": 8192,
         "nginx_header_timeout": 10,
         "nginx_body_timeout": 30,
+        "nginx_drain_timeout": 3600,
         "nginx_requests_per_second": 50,
         "nginx_requests_burst": 0,
         "nginx_concurrent_requests": 128,

@@ -127,13 +127,17 @@ def slow(asked: Asked) -> dict[str, Any]:
 
 
 def idle(asked: Asked) -> dict[str, Any]:
-    """Opens "connections" to "at" that say no more than "begin"; then asks as a client would."""
+    """Opens "connections", silent or, with TLS, saying no more than "begin"; then asks as a client would."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    place = (asked.get("address", asked["host"]), asked["at"])
-    opened = [socket.create_connection(place, 20) for _ in range(asked["connections"])]
-    for each in opened:
-        each.sendall(asked["begin"].encode())
+    place = (asked.get("address", asked["host"]), 443)
+    opened: list[socket.socket] = []
+    for _ in range(asked["connections"]):
+        if asked["begin"]:
+            opened.append(connect(asked))
+            opened[-1].sendall(asked["begin"].encode())
+        else:
+            opened.append(socket.create_connection(place, 20))
     times = []
     for _ in range(asked["requests"]):
         start = time.monotonic()

@@ -68,6 +68,7 @@ GROUPS: tuple[tuple[Stage, ...], ...] = (
         Stage("unit", (("pytest", "--quiet", "tests/unit"),), counts="unit"),
     ),
     (molecule("default"), molecule("fleet")),
+    (molecule("tls"),),  # alone, for it compares times
     (molecule("plan"), Stage("demo", (("pytest", "--quiet", "-s", "tests/demo"),), counts="demo")),
 )
 

@@ -68,8 +68,11 @@ GROUPS: tuple[tuple[Stage, ...], ...] = (
         Stage("unit", (("pytest", "--quiet", "tests/unit"),), counts="unit"),
     ),
     (molecule("default"), molecule("fleet")),
-    (molecule("tls"),),  # alone, for it compares times
-    (molecule("plan"), Stage("demo", (("pytest", "--quiet", "-s", "tests/demo"),), counts="demo")),
+    (
+        molecule("tls"),  # waits more than it computes
+        molecule("plan"),
+        Stage("demo", (("pytest", "--quiet", "-s", "tests/demo"),), counts="demo"),
+    ),
 )
 
 

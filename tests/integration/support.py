@@ -24,6 +24,7 @@ PROJECT = Path(os.environ["MOLECULE_PROJECT_DIRECTORY"])
 INVENTORY = Path(os.environ["MOLECULE_INVENTORY_FILE"]).parent
 HOSTS = Path(os.environ.get("LLMFLEET_HOSTS_DIR", "/var/lib/llmfleet-hosts")) / os.environ["LLMFLEET_HOSTS_SET"]
 NAME = "llm.example.test"
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # Molecule forces them, unless NO_COLOR is set
 
 
 def host(name: str) -> Host:
@@ -65,7 +66,7 @@ def play(playbook: str, *arguments: str, variables: dict[str, Any] | None = None
         stderr=subprocess.STDOUT,
         cwd=PROJECT,
     )
-    return Run(done.returncode, done.stdout, time.monotonic() - start)
+    return Run(done.returncode, COLOURS.sub("", done.stdout), time.monotonic() - start)
 
 
 def apply(playbook: str = "site", *arguments: str, variables: dict[str, Any] | None = None) -> Run:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Runs the project's tests: all stages, or those named on the command line.
 
-Each stage writes to build/logs/STAGE.log; of a failed one the end is shown. Stages of one group run side by side:
-two scenarios are what two cores and 24 GiB carry. The last line counts what has passed and failed.
+Each stage writes to build/logs/STAGE.log; of a failed one the end is shown. Stages of one group run side by side,
+as many as two cores and 24 GiB carry. The last line counts what has passed and failed.
 """
 
 from __future__ import annotations

@@ -114,11 +114,6 @@ certificate_to_do:
   returned: always
   type: str
   sample: it is missing
-expires:
-  description: When the present certificate does. Empty without one.
-  returned: always
-  type: str
-  sample: "2027-02-19"
 server_problem:
   description: Why the ACME server will give none. Empty where it answers, and where it was not asked.
   returned: always
@@ -144,21 +139,15 @@ from ansible_collections.llmfleet.serving.plugins.module_utils._certbot import (
     untrusted,
     why_to_ask,
 )
-from ansible_collections.llmfleet.serving.plugins.module_utils._host import system
-from ansible_collections.llmfleet.serving.plugins.module_utils._nginx import missing_packages
+from ansible_collections.llmfleet.serving.plugins.module_utils._host import (
+    has_package_lists,
+    missing_packages,
+    output,
+    system,
+)
 
-APT_LISTS = Path("/var/lib/apt/lists")
 TRUSTED = Path("/etc/ssl/certs/ca-certificates.crt")
-DPKG = ("dpkg-query", "--show", "--showformat", "${Package} ${db:Status-Status}\n")
 SECONDS = 20
-
-
-def output(module: AnsibleModule, *command: str) -> str:
-    """What the command prints; nothing on a host without it."""
-    try:
-        return module.run_command(list(command), handle_exceptions=False, expand_user_and_vars=False)[1]
-    except OSError:
-        return ""
 
 
 def certificate_to_do(asked: dict[str, Any]) -> tuple[str, str]:
@@ -230,8 +219,8 @@ def main() -> None:
     module.exit_json(
         changed=False,
         system=system(),
-        missing_packages=missing_packages(asked["packages"], output(module, *DPKG, *asked["packages"])),
-        package_lists=any(APT_LISTS.glob("*_Packages*")),
+        missing_packages=missing_packages(module, asked["packages"]),
+        package_lists=has_package_lists(),
         missing_directories=[path for path in asked["directories"] if not Path(path).is_dir()],
         daemon_reload_needed="=yes" in needed,
         timers_off=timers_off(module, asked["timers"]),

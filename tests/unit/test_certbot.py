@@ -379,7 +379,8 @@ def ask(tmp_path: Path, folder: Path, run_module: Any) -> Callable[..., dict[str
 def test_certbot_is_told_by_its_file_alone(ask: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     assert ask((0, "Successfully received certificate.", ""))["changed"]
     assert (tmp_path / "calls").read_text() == (
-        "certonly --config /etc/letsencrypt/llmfleet.ini --force-renewal --renew-with-new-domains /ca.pem\n"
+        "certonly --config /etc/letsencrypt/llmfleet.ini --force-renewal --renew-with-new-domains"
+        " --account 5963c839 /ca.pem\n"
     )
 
 
@@ -389,12 +390,33 @@ def test_check_mode_asks_nobody(ask: Callable[..., dict[str, Any]], tmp_path: Pa
 
 
 def test_account_that_the_server_does_not_know_is_replaced(ask: Callable[..., dict[str, Any]], folder: Path) -> None:
+    other = folder / "accounts/acme.example.test:14000/dir/other/regr.json"
+    other.parent.mkdir()
+    other.touch()
     answer = ask((1, "Account x not found.", f"acme.messages.Error: {certbot.LOST_ACCOUNT} :: x"), (0, "Here.", ""))
     assert answer["changed"]
-    assert not (folder / "accounts/acme.example.test:14000/dir").exists()
+    assert not (folder / "accounts/acme.example.test:14000/dir/5963c839").exists()
+    assert other.exists()
     (aside,) = answer["put_aside"]
-    assert (Path(aside) / "accounts-acme.example.test:14000-dir/5963c839/regr.json").exists()
+    assert (Path(aside) / "accounts-acme.example.test:14000-dir-5963c839/regr.json").exists()
     assert (folder / "live/llmfleet/fullchain.pem").exists()
+
+
+def test_lost_account_of_nobody_knows_whom_stays(ask: Callable[..., dict[str, Any]], folder: Path) -> None:
+    """Two accounts, and no certificate that says which of them is ours."""
+    (folder / "renewal/llmfleet.conf").unlink()
+    other = folder / "accounts/acme.example.test:14000/dir/other/regr.json"
+    other.parent.mkdir()
+    other.touch()
+    answer = ask((1, "Account x not found.", f"acme.messages.Error: {certbot.LOST_ACCOUNT} :: x"))
+    assert answer["failed"]
+    assert len(list((folder / "accounts/acme.example.test:14000/dir").iterdir())) == 2
+
+
+def test_only_account_is_replaced_without_a_certificate_too(ask: Callable[..., dict[str, Any]], folder: Path) -> None:
+    (folder / "renewal/llmfleet.conf").unlink()
+    ask((1, "Account x not found.", f"acme.messages.Error: {certbot.LOST_ACCOUNT} :: x"), (0, "Here.", ""))
+    assert not list((folder / "accounts/acme.example.test:14000/dir").iterdir())
 
 
 @pytest.mark.parametrize("lost", ["live/llmfleet/cert.pem", "live/llmfleet/fullchain.pem", "renewal/llmfleet.conf"])
@@ -407,6 +429,18 @@ def test_what_is_left_of_a_certificate_is_put_aside(
     assert (Path(aside) / "live-llmfleet").is_dir()
     assert not (folder / "live/llmfleet").exists()
     assert not (folder / "renewal/llmfleet.conf").exists()
+
+
+@pytest.mark.parametrize("lost", ["live/llmfleet/cert.pem", "renewal/llmfleet.conf"])
+def test_what_is_left_of_a_certificate_is_put_back_where_none_comes(
+    ask: Callable[..., dict[str, Any]], folder: Path, lost: str
+) -> None:
+    (folder / "archive/llmfleet").mkdir(parents=True)
+    (folder / lost).unlink()
+    before = sorted(folder.rglob("*"))
+    answer = ask((1, REFUSED, ""))
+    assert answer["put_aside"] == []
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_another_certbot_is_waited_for(ask: Callable[..., dict[str, Any]]) -> None:

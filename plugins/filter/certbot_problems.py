@@ -14,7 +14,7 @@ options:
       - The role's variables by name, C(certbot_names) with what the role nginx hands over in place of an empty list.
       - As C(site_names), the names that nginx serves, and as C(http_port) its port.
       - They are empty and 0 where the role is used alone.
-      - As C(ca_content), what is in C(certbot_ca_bundle), or nothing where there is no such file.
+      - As C(ca_content), the certificates (PEM) in C(certbot_ca_bundle), or nothing where there is no such file.
     type: dict
     required: true
 """
@@ -37,6 +37,7 @@ _value:
 
 import ipaddress
 import re
+import ssl
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -49,7 +50,6 @@ EMAIL = re.compile(r"[^\s@,\"'<>#;\\]+@[A-Za-z0-9.-]+\.[A-Za-z]{2,}")
 KEY_ID = re.compile(r"[A-Za-z0-9._~+/=:@-]+")
 HMAC_KEY = re.compile(r"[A-Za-z0-9_-]+=*")
 PATH = re.compile(r"(/[A-Za-z0-9_.-]+)+")
-CERTIFICATE = "-----BEGIN CERTIFICATE-----"
 
 # What each plugin needs, and what it may have, by the names that it gives them. Of cloudflare's one or the other.
 CREDENTIALS: dict[str, tuple[list[set[str]], set[str]]] = {
@@ -66,7 +66,21 @@ ALGORITHMS = {f"HMAC-{name}" for name in ("MD5", "SHA1", "SHA224", "SHA256", "SH
 
 
 def certbot_problems(settings: dict[str, Any]) -> list[str]:
+    shapes = [*_shapes(settings)]
+    if shapes:  # what the other checks look into
+        return shapes
     return [*_names(settings), *_server(settings), *_account(settings), *_challenge(settings), *_rest(settings)]
+
+
+def _shapes(settings: dict[str, Any]) -> Iterator[str]:
+    names = settings["certbot_names"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        yield f"certbot_names is {names!r}: write a list of DNS names, as [llm.example.org], with -e as JSON."
+    if not isinstance(settings["certbot_dns_credentials"], dict):
+        yield (
+            "certbot_dns_credentials is no dict: write the names and values that the plugin needs, "
+            "as {dns_cloudflare_api_token: ...}, in a vault."
+        )
 
 
 def _names(settings: dict[str, Any]) -> Iterator[str]:
@@ -122,11 +136,19 @@ def _server(settings: dict[str, Any]) -> Iterator[str]:
             f"certbot_staging is for Let's Encrypt, and certbot_server is {server}: "
             "set certbot_server to the test server of that authority instead."
         )
-    if settings["certbot_ca_bundle"] and CERTIFICATE not in settings["ca_content"]:
+    if settings["certbot_ca_bundle"] and not _are_certificates(settings["ca_content"]):
         yield (
-            f"certbot_ca_bundle is {settings['certbot_ca_bundle']!r}: "
-            "there is no file with certificates (PEM) there on the controller that you may read."
+            f"certbot_ca_bundle is {settings['certbot_ca_bundle']!r}: there is no file with certificates "
+            "(PEM, in UTF-8) there on the controller that you may read, or one of them is damaged."
         )
+
+
+def _are_certificates(pem: str) -> bool:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=pem)
+    except (ValueError, TypeError, ssl.SSLError):
+        return False
+    return True
 
 
 def _account(settings: dict[str, Any]) -> Iterator[str]:

@@ -59,6 +59,17 @@ def parse_renewal(text: str) -> dict[str, str]:
     return dict(pairs)
 
 
+def may_need_more(text: str) -> bool:
+    """Whether another certificate's renewal may do what confinement forbids: plugins that write below /etc, hooks."""
+    asked = {key: value for key, value in parse_renewal(text).items() if value != "None"}
+    plugin = asked.get("authenticator", "")
+    return (
+        not (plugin == "webroot" or plugin.startswith("dns-"))
+        or asked.get("installer", plugin) != plugin
+        or any(hook in asked for hook in ("pre_hook", "post_hook", "renew_hook"))
+    )
+
+
 def account_folder(server: str, account: str) -> str:
     """Where certbot keeps the account, below /etc/letsencrypt."""
     url = urlsplit(server)
@@ -95,7 +106,8 @@ def directory_problem(answer: object, server: str, eab: bool) -> str:
     """What is wrong with an ACME server's directory."""
     if not isinstance(answer, dict) or "newOrder" not in answer:
         return f"certbot_server is {server}, and what answers there is no ACME directory: correct the URL."
-    if (answer.get("meta") or {}).get("externalAccountRequired") and not eab:
+    meta = answer.get("meta")
+    if isinstance(meta, dict) and meta.get("externalAccountRequired") and not eab:
         return (
             f"{server} wants an account that its operator has made: set certbot_eab_kid and certbot_eab_hmac_key "
             "to what they gave you."

@@ -7,13 +7,16 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 LISTEN = "0A"  # TCP_LISTEN in the kernel's include/net/tcp_states.h
 PROC = Path("/proc")
 OS_RELEASE = Path("/etc/os-release")
+APT_LISTS = Path("/var/lib/apt/lists")
+DPKG = ("dpkg-query", "--show", "--showformat", "${Package} ${db:Status-Status}\n")
 UNSEEN = "a program that is not to be seen"
 
 
@@ -28,6 +31,23 @@ def system(os_release: Path = OS_RELEASE) -> str:
     """Name and version of the distribution, as ``debian 12``."""
     values = dict(re.findall(r'^(ID|VERSION_ID)="?([^"\n]*)', content(os_release) or "", re.MULTILINE))
     return f"{values.get('ID', 'unknown')} {values.get('VERSION_ID', '')}".strip()
+
+
+def output(module: Any, *command: str) -> str:
+    """What the command prints; nothing on a host without it, which the role then refuses for its system."""
+    try:
+        return module.run_command(list(command), handle_exceptions=False, expand_user_and_vars=False)[1]
+    except OSError:
+        return ""
+
+
+def missing_packages(module: Any, wanted: Iterable[str]) -> list[str]:
+    lines = set(output(module, *DPKG, *wanted).splitlines())
+    return [package for package in wanted if f"{package} installed" not in lines]
+
+
+def has_package_lists(lists: Path = APT_LISTS) -> bool:
+    return any(lists.glob("*_Packages*"))
 
 
 def memory_bytes(proc: Path = PROC) -> int:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -19,12 +18,6 @@ except ImportError:  # a bare host: the role nginx installs it
 
 RENEW_BEFORE = timedelta(days=30)
 DOWN = re.compile(r"^\s*server\s+(\S+)\s+down;", re.MULTILINE)
-
-
-def missing_packages(wanted: Iterable[str], listed: str) -> list[str]:
-    """``listed`` is what ``dpkg-query --show`` prints with the format ``${Package} ${db:Status-Status}``."""
-    lines = set(listed.splitlines())
-    return [package for package in wanted if f"{package} installed" not in lines]
 
 
 def drained(site: str) -> list[str]:

@@ -11,8 +11,9 @@ short_description: Have certbot ask for a certificate
 description:
   - Runs C(certbot certonly) with a configuration file, which holds all that certbot is told.
   - It asks each time. Whether it has to, M(llmfleet.serving.certbot_host_info) tells.
-  - Where the ACME server does not know the account any more, the account is put aside and another one made.
+  - Where the ACME server does not know the account any more, that account is put aside and another one made.
   - What is left of a certificate that is not whole is put aside as well; certbot would give the new one another name.
+    It is put back where no new one comes, for nginx may be using it.
   - Where no certificate comes, what was there before stays, and the message names the variable to change.
 extends_documentation_fragment:
   - llmfleet.serving.attributes
@@ -91,6 +92,7 @@ from ansible_collections.llmfleet.serving.plugins.module_utils._certbot import (
     PARTS,
     account_folder,
     explain,
+    parse_renewal,
     read_certificate,
 )
 
@@ -114,7 +116,7 @@ def logged(since: int) -> str:
     return ""
 
 
-def ask(module: AnsibleModule) -> tuple[int, str, bool]:
+def ask(module: AnsibleModule, account: Path | None) -> tuple[int, str, bool]:
     """certbot's exit status, its words, and whether the server does not know the account."""
     command = [
         "certbot",
@@ -123,6 +125,7 @@ def ask(module: AnsibleModule) -> tuple[int, str, bool]:
         module.params["config"],
         "--force-renewal",
         "--renew-with-new-domains",
+        *(["--account", account.name] if account else []),
     ]
     deadline = time.monotonic() + PATIENCE
     while True:
@@ -134,14 +137,38 @@ def ask(module: AnsibleModule) -> tuple[int, str, bool]:
         time.sleep(PAUSE)
 
 
-def put_aside(folder: Path, what: list[Path]) -> list[str]:
+def put_aside(folder: Path, what: list[Path]) -> dict[Path, Path]:
+    """Where each has gone that was there."""
     there = [path for path in what if path.exists()]
     if not there:
-        return []
+        return {}
     aside = Path(tempfile.mkdtemp(prefix=time.strftime("put-aside-%Y%m%dT%H%M%S-"), dir=folder))
-    for path in there:
-        shutil.move(path, aside / "-".join(path.relative_to(folder).parts))
-    return [str(aside)]
+    moved = {path: aside / "-".join(path.relative_to(folder).parts) for path in there}
+    for path, place in moved.items():
+        shutil.move(path, place)
+    return moved
+
+
+def put_back(moved: dict[Path, Path]) -> None:
+    for path, place in moved.items():
+        if not path.exists():
+            shutil.move(place, path)
+    for aside in {place.parent for place in moved.values()}:
+        with contextlib.suppress(OSError):
+            aside.rmdir()
+
+
+def account(folder: Path, lineage: str, server: str) -> Path | None:
+    """The account that the certificate is from, or without one the only account there, which certbot takes then."""
+    with contextlib.suppress(OSError):
+        name = parse_renewal((folder / f"renewal/{lineage}.conf").read_text()).get("account", "")
+        path = folder / account_folder(server, name)
+        if name and (path / "regr.json").exists():
+            return path
+    with contextlib.suppress(OSError, ValueError):
+        (registration,) = (folder / account_folder(server, "")).glob("*/regr.json")
+        return registration.parent
+    return None
 
 
 def remains(folder: Path, lineage: str) -> list[Path]:
@@ -171,12 +198,16 @@ def main() -> None:
     if module.check_mode:
         module.exit_json(changed=True)
     asked, folder = module.params, Path(module.params["folder"])
-    aside = put_aside(folder, remains(folder, asked["lineage"]))
-    code, text, account_lost = ask(module)
-    if account_lost:
-        aside += put_aside(folder, [folder / account_folder(asked["server"], "")])
-        code, text, _ = ask(module)
-    result = {"output": text, "put_aside": aside}
+    known = account(folder, asked["lineage"], asked["server"])
+    moved = put_aside(folder, remains(folder, asked["lineage"]))
+    code, text, account_lost = ask(module, known)
+    accounts = put_aside(folder, [known]) if account_lost and known else {}
+    if accounts:
+        code, text, _ = ask(module, None)
+    if code:
+        put_back(moved)
+    aside = {str(place.parent) for place in (*moved.values(), *accounts.values()) if place.exists()}
+    result = {"output": text, "put_aside": sorted(aside)}
     if code:
         module.fail_json(msg=explain(text, asked["server"], asked["challenge"]), **result)
     if Path(asked["pending"]).exists():

@@ -56,7 +56,7 @@ options:
     required: true
   ca_content:
     description:
-      - The authorities (PEM) that the ACME server's certificate may be from. Empty for those that the host trusts.
+      - The authorities (PEM) that the ACME server's certificate may be from, besides those that the host trusts.
     type: str
     default: ""
   external_account:
@@ -114,17 +114,18 @@ certificate_to_do:
   returned: always
   type: str
   sample: it is missing
-expires:
-  description: When the present certificate does. Empty without one.
+confinement_breaks:
+  description: Other certificates that certbot renews in ways which the confinement of its service may forbid.
   returned: always
-  type: str
-  sample: "2027-02-19"
+  type: list
+  elements: str
 server_problem:
   description: Why the ACME server will give none. Empty where it answers, and where it was not asked.
   returned: always
   type: str
 """
 
+import http.client
 import json
 import ssl
 import urllib.error
@@ -138,64 +139,66 @@ from ansible_collections.llmfleet.serving.plugins.module_utils._certbot import (
     PARTS,
     account_folder,
     directory_problem,
+    may_need_more,
     parse_renewal,
     read_certificate,
     unreachable,
     untrusted,
     why_to_ask,
 )
-from ansible_collections.llmfleet.serving.plugins.module_utils._host import system
-from ansible_collections.llmfleet.serving.plugins.module_utils._nginx import missing_packages
+from ansible_collections.llmfleet.serving.plugins.module_utils._host import (
+    content,
+    has_package_lists,
+    missing_packages,
+    output,
+    system,
+)
 
-APT_LISTS = Path("/var/lib/apt/lists")
 TRUSTED = Path("/etc/ssl/certs/ca-certificates.crt")
-DPKG = ("dpkg-query", "--show", "--showformat", "${Package} ${db:Status-Status}\n")
 SECONDS = 20
 
 
-def output(module: AnsibleModule, *command: str) -> str:
-    """What the command prints; nothing on a host without it."""
-    try:
-        return module.run_command(list(command), handle_exceptions=False, expand_user_and_vars=False)[1]
-    except OSError:
-        return ""
-
-
-def certificate_to_do(asked: dict[str, Any]) -> tuple[str, str]:
-    """Why a certificate has to be asked for, and when the present one expires."""
+def certificate_to_do(asked: dict[str, Any]) -> str:
     folder, lineage = Path(asked["folder"]), asked["lineage"]
     try:
         renewal = parse_renewal((folder / f"renewal/{lineage}.conf").read_text())
         pems = {part: (folder / f"live/{lineage}/{part}.pem").read_bytes() for part in PARTS}
     except OSError:
-        return "it is missing", ""
+        return "it is missing"
     try:
         certificate = read_certificate(pems["fullchain"])
     except ValueError as error:
-        return f"it cannot be read ({error})", ""
+        return f"it cannot be read ({error})"
     wanted = {key: str(value) for key, value in asked["parameters"].items()}
     now = datetime.now(timezone.utc)
     why = why_to_ask(renewal, wanted, certificate=certificate, names=asked["names"], days=asked["expiry_days"], now=now)
     account = folder / account_folder(wanted["server"], renewal.get("account", "none")) / "regr.json"
     if not why and not account.exists():
         why = f"the account at {wanted['server']} is lost"
-    return why, f"{certificate.end:%Y-%m-%d}"
+    return why
+
+
+def confinement_breaks(folder: Path, lineage: str) -> list[str]:
+    others = {path.stem: content(path) or "" for path in folder.glob("renewal/*.conf") if path.stem != lineage}
+    return sorted(name for name, text in others.items() if may_need_more(text))
 
 
 def server_problem(asked: dict[str, Any]) -> str:
     server, ca_content = asked["parameters"]["server"], asked["ca_content"]
     if not ca_content and not TRUSTED.exists():
         return ""  # a bare host trusts nobody yet
-    context = ssl.create_default_context(cadata=ca_content or None)
+    context = ssl.create_default_context()
     context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)  # an authority of one's own may be older than that
     try:
+        if ca_content:
+            context.load_verify_locations(cadata=ca_content)
         with urllib.request.urlopen(server, timeout=SECONDS, context=context) as reply:
             answer = json.loads(reply.read())
     except urllib.error.HTTPError as error:
         return unreachable(server, f"HTTP status {error.code}")
     except ValueError:
         answer = None
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         return (untrusted if isinstance(reason, ssl.SSLCertVerificationError) else unreachable)(server, reason)
     return directory_problem(answer, server, asked["external_account"])
@@ -225,18 +228,18 @@ def main() -> None:
         supports_check_mode=True,
     )
     asked = module.params
-    why, expires = certificate_to_do(asked)
+    why = certificate_to_do(asked)
     needed = output(module, "systemctl", "show", "--property", "NeedDaemonReload", *asked["units"])
     module.exit_json(
         changed=False,
         system=system(),
-        missing_packages=missing_packages(asked["packages"], output(module, *DPKG, *asked["packages"])),
-        package_lists=any(APT_LISTS.glob("*_Packages*")),
+        missing_packages=missing_packages(module, asked["packages"]),
+        package_lists=has_package_lists(),
         missing_directories=[path for path in asked["directories"] if not Path(path).is_dir()],
         daemon_reload_needed="=yes" in needed,
         timers_off=timers_off(module, asked["timers"]),
         certificate_to_do=why,
-        expires=expires,
+        confinement_breaks=confinement_breaks(Path(asked["folder"]), asked["lineage"]),
         server_problem=server_problem(asked) if why else "",
     )
 

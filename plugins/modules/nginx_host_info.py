@@ -161,33 +161,31 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.llmfleet.serving.plugins.module_utils._host import Program, processes, system, taken_ports
+from ansible_collections.llmfleet.serving.plugins.module_utils._host import (
+    APT_LISTS,
+    Program,
+    has_package_lists,
+    missing_packages,
+    output,
+    processes,
+    system,
+    taken_ports,
+)
 from ansible_collections.llmfleet.serving.plugins.module_utils._nginx import (
     Stat,
     certificate_problem,
     drained,
-    missing_packages,
     parse_stat,
     takes_requests,
 )
 
 PROC = Path("/proc")
 PID_FILE = Path("/run/nginx.pid")
-APT_LISTS = Path("/var/lib/apt/lists")
-DPKG = ("dpkg-query", "--show", "--showformat", "${Package} ${db:Status-Status}\n")
 SYSTEMCTL = ("systemctl", "show", "nginx.service", "--property", "NeedDaemonReload")
 
 
 def is_nginx(program: Program) -> bool:
     return program.name == "nginx"
-
-
-def output(module: AnsibleModule, *command: str) -> str:
-    """What the command prints; nothing on a host without it, which the role then refuses for its system."""
-    try:
-        return module.run_command(list(command), handle_exceptions=False, expand_user_and_vars=False)[1]
-    except OSError:
-        return ""
 
 
 def changed(path: str) -> float:
@@ -286,8 +284,8 @@ def main() -> None:
         changed=False,
         system=system(),
         ipv6=(PROC / "net/if_inet6").exists(),
-        missing_packages=missing_packages(asked["packages"], output(module, *DPKG, *asked["packages"])),
-        package_lists=any(APT_LISTS.glob("*_Packages*")),
+        missing_packages=missing_packages(module, asked["packages"]),
+        package_lists=has_package_lists(APT_LISTS),
         missing_directories=[path for path in asked["directories"] if not Path(path).is_dir()],
         files_there=[path for path in asked["files"] if Path(path).exists()],
         taken_ports=taken_ports(asked["ports"], is_nginx, PROC),

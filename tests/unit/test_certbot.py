@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import socket
 import ssl
 import subprocess
 import threading
@@ -88,6 +89,7 @@ def dns(plugin: str, **credentials: Any) -> dict[str, Any]:
     return {"certbot_challenge": "dns-01", "certbot_dns_plugin": plugin, "certbot_dns_credentials": credentials}
 
 
+GARBAGE = "-----BEGIN CERTIFICATE-----\nZ2FyYmFnZQ==\n-----END CERTIFICATE-----"
 RFC2136 = {"dns_rfc2136_server": "192.0.2.1", "dns_rfc2136_name": "k.", "dns_rfc2136_secret": SECRET}
 
 
@@ -99,7 +101,6 @@ RFC2136 = {"dns_rfc2136_server": "192.0.2.1", "dns_rfc2136_name": "k.", "dns_rfc
         {"certbot_staging": True},
         {"certbot_server": SERVER, "certbot_eab_kid": "kid-1", "certbot_eab_hmac_key": SECRET},
         {"certbot_server": SERVER, "certbot_names": ["gateway"], "site_names": ["gateway"]},
-        {"certbot_ca_bundle": "/ca.pem", "ca_content": "-----BEGIN CERTIFICATE-----"},
         {**dns("cloudflare", dns_cloudflare_api_token=SECRET), "certbot_names": ["*.example.test", "example.test"]},
         {**dns("cloudflare", dns_cloudflare_email="a@b.de", dns_cloudflare_api_key=SECRET), "http_port": 8080},
         dns("digitalocean", dns_digitalocean_token=SECRET),
@@ -112,6 +113,25 @@ RFC2136 = {"dns_rfc2136_server": "192.0.2.1", "dns_rfc2136_name": "k.", "dns_rfc
 )
 def test_nothing_is_wrong(changes: dict[str, Any]) -> None:
     assert problems(**changes) == []
+
+
+def test_bundle_is_read(tmp_path: Path) -> None:
+    make_certificate(tmp_path, 1)
+    pem = (tmp_path / "fullchain.pem").read_text()
+    assert problems(certbot_ca_bundle="/ca.pem", ca_content=f"{pem}\n{pem}") == []
+
+
+def test_of_a_bundle_the_certificates_count(tmp_path: Path, run_playbook: Any) -> None:
+    """By the role's own variable: without comments, in whatever character set."""
+    make_certificate(tmp_path / "ca", 1)
+    bundle = tmp_path / "ca.pem"
+    pem = (tmp_path / "ca/fullchain.pem").read_text()
+    bundle.write_text(f"# Zertifizierungsstelle für Prüfungen\n{pem}# \u00a0\n{pem}")
+    show = {"ansible.builtin.copy": {"content": "{{ __certbot_ca_content }}", "dest": str(tmp_path / "found")}}
+    variables = str(ROOT / "roles/certbot/vars/main.yml")
+    play = {"hosts": "all", "gather_facts": False, "vars_files": [variables], "tasks": [show]}
+    done = run_playbook([{**play, "vars": {"certbot_ca_bundle": str(bundle)}}])
+    assert (tmp_path / "found").read_text() == f"{pem}{pem}".rstrip(), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -131,6 +151,10 @@ def test_nothing_is_wrong(changes: dict[str, Any]) -> None:
         ({"certbot_server": "https://user:pass@a.test/"}, "https:// URL"),
         ({"certbot_server": SERVER, "certbot_staging": True}, "certbot_staging is for Let's Encrypt"),
         ({"certbot_ca_bundle": "/nowhere"}, "certbot_ca_bundle is '/nowhere'"),
+        ({"certbot_ca_bundle": "/ca.pem", "ca_content": GARBAGE}, "one of them is damaged"),
+        ({"certbot_names": "llm.example.test"}, "certbot_names is 'llm.example.test': write a list"),
+        ({"certbot_names": [1]}, "certbot_names is [1]: write a list"),
+        (dns("cloudflare") | {"certbot_dns_credentials": SECRET}, "certbot_dns_credentials is no dict"),
         ({"certbot_email": "admin"}, "certbot_email is 'admin'"),
         ({"certbot_email": "a@b.de,c@d.de"}, "write one address"),
         ({"certbot_eab_kid": "kid"}, "certbot_eab_hmac_key is not set"),
@@ -219,7 +243,6 @@ def look(folder: Path, run_module: Any, systemd: Any) -> Callable[..., dict[str,
 def test_present_certificate_will_do_and_nobody_is_asked(look: Callable[..., dict[str, Any]]) -> None:
     found = look()
     assert (found["certificate_to_do"], found["server_problem"]) == ("", "")
-    assert found["expires"] == f"{NOW + timedelta(days=60):%Y-%m-%d}"
     assert look(names=[NAMES[1], NAMES[0].upper()])["certificate_to_do"] == ""
 
 
@@ -262,6 +285,26 @@ def test_broken_certificate_is_found(look: Callable[..., dict[str, Any]], folder
     assert "cannot be read" in look()["certificate_to_do"]
 
 
+@pytest.mark.parametrize(
+    ("text", "more"),
+    [
+        ("authenticator = webroot\ninstaller = None", False),
+        ("authenticator = dns-rfc2136", False),
+        ("authenticator = nginx\ninstaller = nginx", True),
+        ("authenticator = webroot\ninstaller = apache", True),
+        ("authenticator = standalone", True),
+        ("authenticator = webroot\npost_hook = cp a /etc/b", True),
+        ("authenticator = webroot\nrenew_hook = cp a /etc/b", True),
+        ("", True),
+    ],
+)
+def test_other_certificates_may_need_more(
+    look: Callable[..., dict[str, Any]], folder: Path, text: str, more: bool
+) -> None:
+    (folder / "renewal/other.conf").write_text(f"[renewalparams]\naccount = x\n{text}\n")
+    assert look()["confinement_breaks"] == (["other"] if more else [])
+
+
 @pytest.fixture
 def acme(tmp_path: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
     """A server that answers like an ACME server's directory: its URL, what it says, and its own authority."""
@@ -301,10 +344,36 @@ def test_server_is_asked_before_a_certificate_is(look: Callable[..., dict[str, A
     assert "no ACME directory" in problem()
     answer["status"] = 503
     assert "cannot be reached from this host (HTTP status 503)" in problem()
+    answer["meta"] = "none"
+    assert "cannot be reached" in problem()
+    answer["status"] = 200
+    assert "no ACME directory" in problem()
+    answer["newOrder"] = "x"
+    assert problem() == ""
     other = look(parameters={**PARAMETERS, "server": url}, ca_content="")
     assert "certbot_ca_bundle" in other["server_problem"]
     nobody = look(parameters={**PARAMETERS, "server": "https://localhost:1/"}, ca_content=authority)
     assert "cannot be reached from this host" in nobody["server_problem"]
+
+
+def test_what_is_no_web_server_is_told(look: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    make_certificate(tmp_path / "server", 1, names=["localhost"])
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server/fullchain.pem", tmp_path / "server/privkey.pem")
+
+    def answer() -> None:
+        with context.wrap_socket(listener.accept()[0], server_side=True) as client:
+            client.recv(4096)
+            client.sendall(b"220 mail.example.test\r\n")
+
+    with socket.create_server(("localhost", 0)) as listener:
+        thread = threading.Thread(target=answer)
+        thread.start()
+        server = f"https://localhost:{listener.getsockname()[1]}/dir"
+        authority = (tmp_path / "server/fullchain.pem").read_text()
+        found = look(parameters={**PARAMETERS, "server": server}, ca_content=authority)
+        thread.join()
+    assert "cannot be reached from this host (220 mail.example.test" in found["server_problem"]
 
 
 # --- asking -------------------------------------------------------------------------------------------------
@@ -379,7 +448,8 @@ def ask(tmp_path: Path, folder: Path, run_module: Any) -> Callable[..., dict[str
 def test_certbot_is_told_by_its_file_alone(ask: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     assert ask((0, "Successfully received certificate.", ""))["changed"]
     assert (tmp_path / "calls").read_text() == (
-        "certonly --config /etc/letsencrypt/llmfleet.ini --force-renewal --renew-with-new-domains /ca.pem\n"
+        "certonly --config /etc/letsencrypt/llmfleet.ini --force-renewal --renew-with-new-domains"
+        " --account 5963c839 /ca.pem\n"
     )
 
 
@@ -389,12 +459,33 @@ def test_check_mode_asks_nobody(ask: Callable[..., dict[str, Any]], tmp_path: Pa
 
 
 def test_account_that_the_server_does_not_know_is_replaced(ask: Callable[..., dict[str, Any]], folder: Path) -> None:
+    other = folder / "accounts/acme.example.test:14000/dir/other/regr.json"
+    other.parent.mkdir()
+    other.touch()
     answer = ask((1, "Account x not found.", f"acme.messages.Error: {certbot.LOST_ACCOUNT} :: x"), (0, "Here.", ""))
     assert answer["changed"]
-    assert not (folder / "accounts/acme.example.test:14000/dir").exists()
+    assert not (folder / "accounts/acme.example.test:14000/dir/5963c839").exists()
+    assert other.exists()
     (aside,) = answer["put_aside"]
-    assert (Path(aside) / "accounts-acme.example.test:14000-dir/5963c839/regr.json").exists()
+    assert (Path(aside) / "accounts-acme.example.test:14000-dir-5963c839/regr.json").exists()
     assert (folder / "live/llmfleet/fullchain.pem").exists()
+
+
+def test_lost_account_of_nobody_knows_whom_stays(ask: Callable[..., dict[str, Any]], folder: Path) -> None:
+    """Two accounts, and no certificate that says which of them is ours."""
+    (folder / "renewal/llmfleet.conf").unlink()
+    other = folder / "accounts/acme.example.test:14000/dir/other/regr.json"
+    other.parent.mkdir()
+    other.touch()
+    answer = ask((1, "Account x not found.", f"acme.messages.Error: {certbot.LOST_ACCOUNT} :: x"))
+    assert answer["failed"]
+    assert len(list((folder / "accounts/acme.example.test:14000/dir").iterdir())) == 2
+
+
+def test_only_account_is_replaced_without_a_certificate_too(ask: Callable[..., dict[str, Any]], folder: Path) -> None:
+    (folder / "renewal/llmfleet.conf").unlink()
+    ask((1, "Account x not found.", f"acme.messages.Error: {certbot.LOST_ACCOUNT} :: x"), (0, "Here.", ""))
+    assert not list((folder / "accounts/acme.example.test:14000/dir").iterdir())
 
 
 @pytest.mark.parametrize("lost", ["live/llmfleet/cert.pem", "live/llmfleet/fullchain.pem", "renewal/llmfleet.conf"])
@@ -407,6 +498,18 @@ def test_what_is_left_of_a_certificate_is_put_aside(
     assert (Path(aside) / "live-llmfleet").is_dir()
     assert not (folder / "live/llmfleet").exists()
     assert not (folder / "renewal/llmfleet.conf").exists()
+
+
+@pytest.mark.parametrize("lost", ["live/llmfleet/cert.pem", "renewal/llmfleet.conf"])
+def test_what_is_left_of_a_certificate_is_put_back_where_none_comes(
+    ask: Callable[..., dict[str, Any]], folder: Path, lost: str
+) -> None:
+    (folder / "archive/llmfleet").mkdir(parents=True)
+    (folder / lost).unlink()
+    before = sorted(folder.rglob("*"))
+    answer = ask((1, REFUSED, ""))
+    assert answer["put_aside"] == []
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_another_certbot_is_waited_for(ask: Callable[..., dict[str, Any]]) -> None:

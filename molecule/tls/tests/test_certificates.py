@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import support
+import yaml
 from cryptography import x509
 from testinfra.host import Host
 
@@ -23,8 +24,8 @@ AUTHORITIES = Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"]) / "acme-ca.pem"
 LIVE = "/etc/letsencrypt/live/llmfleet"
 RENEWAL = "/etc/letsencrypt/renewal/llmfleet.conf"
 BROKEN_SITE = "/etc/nginx/sites-enabled/zz-broken"
-TSIG_KEY = "bGxtZmxlZXQtdGVzdC10c2lnLWtleS1vZi0zMi1ieXRlcw=="
-EAB_KEY = "zWNDZM6eQGHWpSRTPal5eIUYFTu7EajVIoguysqZ9wG44nMEtx3MUAsUDkMTQ12W"
+INVENTORY = yaml.safe_load((Path(__file__).parents[1] / "inventory/hosts.yml").read_text())["all"]["vars"]
+TSIG_KEY, EAB_KEY = INVENTORY["__tsig_key"], INVENTORY["certbot_eab_hmac_key"]
 ALIAS = {"nginx_server_aliases": ["api.example.test"]}
 DNS = {
     **ALIAS,
@@ -211,6 +212,24 @@ def test_challenge_that_fails_leaves_what_serves_and_says_why(gateway: Host, out
     assert served().serial_number == before
     support.apply("gateway", variables=ALIAS)
     assert names(served("api.example.test")) == ["api.example.test", support.NAME]
+
+
+def test_coming_from_the_own_ca_keeps_its_certificate_until_there_is_another(gateway: Host, out: Host) -> None:
+    support.apply("gateway", variables={"nginx_certificate_source": "own_ca"})
+    before = served().serial_number
+    assert not gateway.file(LIVE).exists
+    point(out, support.NAME, OUT)
+    try:
+        run = support.play("gateway")
+        assert run.code != 0
+        assert "could not make sure that the names are yours" in run.output
+        assert served().serial_number == before
+        gateway.check_output("nginx -t -q && systemctl reload nginx.service")
+        assert served().serial_number == before
+    finally:
+        point(out, support.NAME, GATEWAY)
+    support.apply("gateway", variables=ALIAS)
+    assert "Pebble" in served().issuer.rfc4514_string()
 
 
 def test_challenge_by_dns_brings_a_wildcard(gateway: Host, out: Host) -> None:

@@ -349,7 +349,7 @@ def _kind(link: Mapping[str, Any]) -> str:
 
 
 def open_zones(zones: str, links: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Zones that let everything in, of what ``firewall-cmd --list-all-zones`` prints: the default, or with an interface.
+    """Zones that let all in, of what ``firewall-cmd --list-all-zones`` prints: the default, or with an interface.
 
     Not those of bridges alone, such as Docker's, nor those that are there for some sources.
     """

@@ -90,8 +90,8 @@ ssh_client:
   sample: 192.0.2.7
 ssh_interface:
   description:
-    - The C(name) of the interface that this run reaches the host at, and its C(kind) as C(ip -details) has it, empty for a card.
-    - Empty where it is not known.
+    - The C(name) of the interface that this run reaches the host at, and its C(kind) as C(ip -details) has it.
+    - C(kind) is empty for a network card, and all of it where it is not known.
   returned: always
   type: dict
   sample: {name: wg0, kind: wireguard}

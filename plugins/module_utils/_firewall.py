@@ -348,7 +348,7 @@ def _kind(link: Mapping[str, Any]) -> str:
 # --- firewalld --------------------------------------------------------------------------------------------------
 
 
-def open_zones(zones: str, links: Iterable[Mapping[str, Any]]) -> list[str]:
+def open_zones(zones: str, default: str, links: Iterable[Mapping[str, Any]]) -> list[str]:
     """Zones that let all in, of what ``firewall-cmd --list-all-zones`` prints: the default, or with an interface.
 
     Not those of bridges alone, such as Docker's, nor those that are there for some sources.
@@ -357,9 +357,9 @@ def open_zones(zones: str, links: Iterable[Mapping[str, Any]]) -> list[str]:
     found = []
     for block in re.split(r"\n\s*\n", zones.strip()):
         head, _, body = block.strip().partition("\n")
-        name, _, state = head.partition(" ")
+        name = head.partition(" ")[0]
         values = dict(re.findall(r"^\s+([\w-]+): ?(.*)$", body, re.MULTILINE))
-        used = "default" in state or set(values.get("interfaces", "").split()) - bridges
+        used = name == default or set(values.get("interfaces", "").split()) - bridges
         if values.get("target") == "ACCEPT" and used:
             found.append(name)
     return found

@@ -189,12 +189,13 @@ def firewalld(module: AnsibleModule, unit: dict[str, str], links: list[dict[str,
     there = file.is_file()
     known = output(module, "firewall-cmd", f"--info-policy={file.stem}") if active and there else None
     zones = output(module, "firewall-cmd", "--list-all-zones") if active else None
+    default = output(module, "firewall-cmd", "--get-default-zone") if active else None
     return {
         "installed": unit["LoadState"] == "loaded",
         "active": active,
         "in_force": known is not None,
         "present": there,
-        "open_zones": _firewall.open_zones(zones or "", links),
+        "open_zones": _firewall.open_zones(zones or "", (default or "").strip(), links),
     }
 
 

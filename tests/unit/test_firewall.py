@@ -320,18 +320,20 @@ def test_the_interface_in_use(address: str, found: dict[str, str]) -> None:
     ("head", "target", "interfaces", "is_open"),
     [
         ("public (default, active)", "default", "eth0", False),
-        ("trusted (default)", "ACCEPT", "", True),
+        ("trusted", "ACCEPT", "", True),
         ("trusted (active)", "ACCEPT", "eth0", True),
         ("trusted (active)", "ACCEPT", "", False),  # of sources
         ("docker (active)", "ACCEPT", "docker0", False),
         ("mine (active)", "ACCEPT", "docker0 eth0", True),
-        ("trusted", "ACCEPT", "", False),
+        ("other", "ACCEPT", "", False),
     ],
 )
 def test_zones_that_let_all_in(head: str, target: str, interfaces: str, is_open: bool) -> None:
     zone = f"{head}\n  target: {target}\n  icmp-block-inversion: no\n  interfaces: {interfaces}\n  rich rules: \n"
     text = f"block\n  target: %%REJECT%%\n  interfaces: \n\n{zone}\nwork\n  target: default\n  interfaces: \n\n"
-    assert _firewall.open_zones(text, LINKS) == ([head.split(maxsplit=1)[0]] if is_open else [])
+    assert _firewall.open_zones(text, "trusted" if head == "trusted" else "public", LINKS) == (
+        [head.split(maxsplit=1)[0]] if is_open else []
+    )
 
 
 # --- ufw ------------------------------------------------------------------------------------------------------
@@ -518,9 +520,8 @@ def test_firewalld_and_a_pending_rollback(look: Callable[..., dict[str, Any]], t
         "firewalld.service": "LoadState=loaded\nActiveState=active\nUnitFileState=enabled",
         "llmfleet-firewall-rollback.timer": "LoadState=loaded\nActiveState=active\nUnitFileState=transient",
     }
-    found = look(
-        units=units, **{"firewall-cmd": 'echo "trusted (default)\n  target: ACCEPT"; test "$1" != --info-policy=other'}
-    )
+    zones = 'case $1 in --get-default-zone) echo trusted ;; *) printf "trusted\\n  target: ACCEPT\\n" ;; esac'
+    found = look(units=units, **{"firewall-cmd": zones})
     firewalld = {"installed": True, "active": True, "in_force": True, "present": True, "open_zones": ["trusted"]}
     assert found["firewalld"] == firewalld
     assert found["rollback_pending"] is True

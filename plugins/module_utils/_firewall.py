@@ -18,6 +18,8 @@ PORTS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
 COMMENT = re.compile(r"[A-Za-z0-9 ._:/,@+-]{0,64}")
 MARK = "llmfleet"  # the comment of our rules in ufw
 ROLLBACK_SECONDS = range(20, 601)
+LEAST_CONNECTIONS = 64  # what clients behind one address want to share at least
+TUNNELS = {"wireguard", "tun", "xfrm", "vti", "vti6"}
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -65,18 +67,39 @@ def _port(port: Any) -> tuple[str, str | None]:
     return match[1], match[2]
 
 
-def rules(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each entry as a rule for each address family; ``family`` is empty where any address may come."""
+def listed(value: Any) -> list[Any]:
+    """A list as the role's specification takes it: one item alone, or a text with commas, is one as well."""
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return list(value) if isinstance(value, Sequence) else [value]
+
+
+def _entries(value: Any) -> list[dict[str, Any]]:
+    return [
+        {**entry, "ports": listed(entry.get("ports")), "sources": listed(entry.get("sources"))}
+        for entry in listed(value)
+    ]
+
+
+def rules(entries: Iterable[Mapping[str, Any]], connections: int = 0) -> list[dict[str, Any]]:
+    """Each entry as a rule for each address family; ``family`` is empty where any address may come.
+
+    Where anybody may come, ``connections`` says how many one may have by TCP; 0 is any number.
+    """
     found = []
     for entry in entries:
         rule = {
             "comment": entry.get("comment") or "",
             "protocol": entry.get("protocol") or "tcp",
             "ports": port_ranges(entry["ports"]),
+            "connections": 0,
         }
         networks = [ipaddress.ip_network(source) for source in entry.get("sources") or ()]
         if not networks:
-            found.append({**rule, "family": "", "sources": []})
+            limit = connections if rule["protocol"] == "tcp" else 0
+            found.append({**rule, "family": "", "sources": [], "connections": limit})
         for family, version in (("ip", 4), ("ip6", 6)):
             joined = ipaddress.collapse_addresses(net for net in networks if net.version == version)
             if sources := [_written(net) for net in joined]:
@@ -95,6 +118,7 @@ def _written(net: Network) -> str:
 def problems(settings: Mapping[str, Any]) -> list[str]:
     """What is wrong with the role's variables: each with the variable, the value and the remedy."""
     seconds = int(settings["firewall_rollback_seconds"])
+    connections = int(settings["firewall_connections_per_source"])
     found = []
     if not settings["instances_known"]:
         found.append(
@@ -105,15 +129,20 @@ def problems(settings: Mapping[str, Any]) -> list[str]:
         found.append(
             f"firewall_rollback_seconds is {seconds}: give {ROLLBACK_SECONDS[0]} to {ROLLBACK_SECONDS[-1]} seconds."
         )
+    if connections and connections < LEAST_CONNECTIONS:
+        found.append(
+            f"firewall_connections_per_source is {connections}: give at least {LEAST_CONNECTIONS}, "
+            "for many clients may share an address, or 0 for no limit."
+        )
     found += _port_problems("firewall_ssh_ports", settings["firewall_ssh_ports"])
     found += _source_problems("firewall_ssh_sources", settings["firewall_ssh_sources"])
     for name in ("firewall_allow", "firewall_allow_more"):
         for index, entry in enumerate(settings[name]):
             at = f"{name}[{index}]"
-            if not entry.get("ports"):
+            if not entry["ports"]:
                 found.append(f"{at}.ports is empty: name at least one port, or take the entry out.")
-            found += _port_problems(f"{at}.ports", entry.get("ports") or ())
-            found += _source_problems(f"{at}.sources", entry.get("sources") or ())
+            found += _port_problems(f"{at}.ports", entry["ports"])
+            found += _source_problems(f"{at}.sources", entry["sources"])
             if not COMMENT.fullmatch(str(entry.get("comment") or "")):
                 found.append(
                     f"{at}.comment is {entry['comment']!r}: use at most 64 letters, digits, spaces and ._:/,@+-"
@@ -177,6 +206,13 @@ def host_problems(settings: Mapping[str, Any], host: Mapping[str, Any]) -> list[
         )
     if backend(asked, host) == "ufw" and host["ufw"]["active"]:
         found += _ufw_problems(settings, host)
+    if backend(asked, host) == "firewalld":
+        found += [
+            f"firewalld's zone {zone} has the target ACCEPT, so that every port is open: put the host's interfaces "
+            "into another zone, as with `firewall-cmd --set-default-zone public`, or turn firewalld off to have "
+            "nftables used."
+            for zone in host["firewalld"]["open_zones"]
+        ]
     return found + list(_ssh_problems(settings, host))
 
 
@@ -187,6 +223,17 @@ def _ssh_problems(settings: Mapping[str, Any], host: Mapping[str, Any]) -> Itera
         yield (
             "No SSH port was found on this host, by which the operator would be locked out: "
             "set firewall_ssh_ports to the ports that its SSH server listens on."
+        )
+    tunnel = host["ssh_interface"]
+    if (
+        tunnel.get("kind") in TUNNELS
+        and backend(settings["firewall_backend"], host) == "nftables"
+        and not any(rule["protocol"] == "udp" for rule in settings["rules"])
+    ):
+        yield (
+            f"This run comes in by the tunnel {tunnel['name']} ({tunnel['kind']}), which ends on this host, and no UDP "
+            "port is let in: the tunnel would work until it is idle for a while, and lock you out. Add its port to "
+            "firewall_allow_more, as {ports: [51820], protocol: udp}, or reach the host by another address."
         )
     networks = [ipaddress.ip_network(source, strict=False) for source in settings["firewall_ssh_sources"]]
     if not networks:
@@ -226,12 +273,18 @@ def _ufw_problems(settings: Mapping[str, Any], host: Mapping[str, Any]) -> Itera
 
 def plan(settings: Mapping[str, Any], host: Mapping[str, Any]) -> dict[str, Any]:
     """What the role does by: ``backend``, ``problems``, ``rules``, and for ufw what is to add and to delete."""
+    lists = {name: listed(settings[name]) for name in ("firewall_ssh_ports", "firewall_ssh_sources")}
+    allowed = {name: _entries(settings[name]) for name in ("firewall_allow", "firewall_allow_more")}
+    settings = {**settings, **lists, **allowed}
     found = problems(settings)
     if found:
         return {"backend": "", "problems": found, "rules": [], "ssh_ports": [], "ufw": {"add": [], "delete": []}}
+    settings["ssh_ports"] = port_ranges([*settings["found_ssh_ports"], *settings["firewall_ssh_ports"]])
     ssh = {"comment": "SSH", "ports": settings["ssh_ports"], "sources": settings["firewall_ssh_sources"]}
-    entries = [*([ssh] if settings["ssh_ports"] else []), *settings["firewall_allow"], *settings["firewall_allow_more"]]
-    wanted = rules(entries)
+    wanted = rules([ssh] if settings["ssh_ports"] else [])
+    wanted += rules(
+        settings["firewall_allow"] + settings["firewall_allow_more"], int(settings["firewall_connections_per_source"])
+    )
     name = backend(settings["firewall_backend"], host)
     changes: dict[str, Any] = {"add": [], "delete": []}
     if name == "ufw":
@@ -267,14 +320,49 @@ def _is_loopback(address: str) -> bool:
         return False
 
 
-def ssh_connection(environment: str) -> tuple[str, int] | None:
-    """Of the text of /proc/<pid>/environ, from which address somebody came in by SSH, and at which port."""
-    match = re.search(r"(?:^|\0)SSH_CONNECTION=(\S+) [0-9]+ \S+ ([0-9]+)(?:\0|$)", environment)
-    if not match:
-        return None
-    address = ipaddress.ip_address(match[1].partition("%")[0])
+def ssh_connection(environment: str) -> tuple[str, str, int] | None:
+    """Of the text of /proc/<pid>/environ, where somebody came in by SSH from, and at which address and port."""
+    match = re.search(r"(?:^|\0)SSH_CONNECTION=(\S+) [0-9]+ (\S+) ([0-9]+)(?:\0|$)", environment)
+    return (_plain(match[1]), _plain(match[2]), int(match[3])) if match else None
+
+
+def _plain(written: str) -> str:
+    address = ipaddress.ip_address(written.partition("%")[0])
     mapped = address.ipv4_mapped if address.version == 6 else None
-    return str(mapped or address), int(match[2])
+    return str(mapped or address)
+
+
+def interface(links: Iterable[Mapping[str, Any]], address: str) -> dict[str, str]:
+    """Name and kind of the link that has the address, of what ``ip -json -details address`` prints."""
+    for link in links:
+        if any(address == each.get("local") for each in link.get("addr_info") or ()):
+            return {"name": link["ifname"], "kind": _kind(link)}
+    return {}
+
+
+def _kind(link: Mapping[str, Any]) -> str:
+    """Empty for a network card."""
+    return (link.get("linkinfo") or {}).get("info_kind") or ""
+
+
+# --- firewalld --------------------------------------------------------------------------------------------------
+
+
+def open_zones(zones: str, default: str, links: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Zones that let all in, of what ``firewall-cmd --list-all-zones`` prints: the default, or with an interface.
+
+    Not those of bridges alone, such as Docker's, nor those that are there for some sources.
+    """
+    bridges = {link["ifname"] for link in links if _kind(link) == "bridge"} | {"lo"}
+    found = []
+    for block in re.split(r"\n\s*\n", zones.strip()):
+        head, _, body = block.strip().partition("\n")
+        name = head.partition(" ")[0]
+        values = dict(re.findall(r"^\s+([\w-]+): ?(.*)$", body, re.MULTILINE))
+        used = name == default or set(values.get("interfaces", "").split()) - bridges
+        if values.get("target") == "ACCEPT" and used:
+            found.append(name)
+    return found
 
 
 # --- ufw --------------------------------------------------------------------------------------------------------

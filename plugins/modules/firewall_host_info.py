@@ -74,7 +74,7 @@ ufw:
 firewalld:
   description:
     - Whether firewalld is C(installed) and C(active), and C(in_force) our policy.
-    - C(present) tells whether its file is there.
+    - C(present) tells whether its file is there. C(open_zones) are zones in use that let everything in.
   returned: always
   type: dict
 ssh_ports:
@@ -88,6 +88,13 @@ ssh_client:
   returned: always
   type: str
   sample: 192.0.2.7
+ssh_interface:
+  description:
+    - The C(name) of the interface that this run reaches the host at, and its C(kind) as C(ip -details) has it.
+    - C(kind) is empty for a network card, and all of it where it is not known.
+  returned: always
+  type: dict
+  sample: {name: wg0, kind: wireguard}
 ssh_port:
   description: The port that this run reaches the host at, or 0.
   returned: always
@@ -104,6 +111,7 @@ rollback_pending:
 """
 
 import contextlib
+import json
 import os
 import re
 from pathlib import Path
@@ -138,7 +146,7 @@ def units(module: AnsibleModule, *names: str) -> dict[str, dict[str, str]]:
 
 def nftables(module: AnsibleModule, unit: dict[str, str]) -> dict[str, bool]:
     nft, file = module.get_bin_path("nft", opt_dirs=["/usr/sbin"]), Path(module.params["rules_file"])
-    listing = [str(nft), "--stateless", "list", "table", *module.params["table"].split()]
+    listing = [str(nft), "--stateless", "--terse", "list", "table", *module.params["table"].split()]
     loaded = output(module, *listing) if nft else None
     in_force = loaded is not None and file.is_file() and unit["ActiveState"] == "active"
     if in_force and unit["UnitFileState"] == "enabled":
@@ -176,15 +184,18 @@ def ufw(module: AnsibleModule) -> dict[str, Any]:
     }
 
 
-def firewalld(module: AnsibleModule, unit: dict[str, str]) -> dict[str, bool]:
+def firewalld(module: AnsibleModule, unit: dict[str, str], links: list[dict[str, Any]]) -> dict[str, Any]:
     file, active = Path(module.params["policy_file"]), unit["ActiveState"] == "active"
     there = file.is_file()
     known = output(module, "firewall-cmd", f"--info-policy={file.stem}") if active and there else None
+    zones = output(module, "firewall-cmd", "--list-all-zones") if active else None
+    default = output(module, "firewall-cmd", "--get-default-zone") if active else None
     return {
         "installed": unit["LoadState"] == "loaded",
         "active": active,
         "in_force": known is not None,
         "present": there,
+        "open_zones": _firewall.open_zones(zones or "", (default or "").strip(), links),
     }
 
 
@@ -201,7 +212,7 @@ def ssh_ports(module: AnsibleModule, socket: dict[str, str]) -> list[int]:
     return sorted(found)
 
 
-def ssh_connection() -> tuple[str, int]:
+def ssh_connection() -> tuple[str, str, int]:
     """Of the nearest ancestor that knows: sudo passes SSH_CONNECTION on to nobody."""
     pid = os.getpid()
     with contextlib.suppress(OSError, ValueError, IndexError):
@@ -210,7 +221,7 @@ def ssh_connection() -> tuple[str, int]:
             if found:
                 return found
             pid = int((PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
-    return "", 0
+    return "", "", 0
 
 
 def main() -> None:
@@ -227,15 +238,17 @@ def main() -> None:
     )
     unit, timer = module.params["unit"], f"{module.params['rollback']}.timer"
     shown = units(module, unit, timer, "ssh.socket", "firewalld.service")
-    client, port = ssh_connection()
+    client, address, port = ssh_connection()
+    links = json.loads(output(module, "ip", "-json", "-details", "address") or "[]")
     module.exit_json(
         changed=False,
         system=system(),
         nftables=nftables(module, shown[unit]),
         ufw=ufw(module),
-        firewalld=firewalld(module, shown["firewalld.service"]),
+        firewalld=firewalld(module, shown["firewalld.service"], links),
         ssh_ports=ssh_ports(module, shown["ssh.socket"]),
         ssh_client=client,
+        ssh_interface=_firewall.interface(links, address),
         ssh_port=port,
         files={path: content(Path(path)) for path in module.params["files"]},
         rollback_pending=shown[timer]["ActiveState"] == "active",

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import socket
@@ -34,18 +35,19 @@ def settings(**changes: Any) -> dict[str, Any]:
         "firewall_allow": [{"ports": [80, 443]}],
         "firewall_allow_more": [],
         "firewall_backend": "auto",
+        "firewall_connections_per_source": 4096,
         "firewall_rollback_seconds": 60,
         "firewall_ssh_ports": [],
         "firewall_ssh_sources": [],
-        "ssh_ports": ["22"],
+        "found_ssh_ports": [22],
         **changes,
     }
 
 
 def host(**changes: Any) -> dict[str, Any]:
     ufw = {"installed": False, "active": False, "ipv6": False, "default_incoming": "", "rules": [], "present": False}
-    firewalld = {"installed": False, "active": False, "in_force": False, "present": False}
-    found = {"ufw": ufw, "firewalld": firewalld, "ssh_client": "192.0.2.7", "ssh_port": 22, "ssh_ports": [22]}
+    firewalld = {"installed": False, "active": False, "in_force": False, "present": False, "open_zones": []}
+    found = {"ufw": ufw, "firewalld": firewalld, "ssh_client": "192.0.2.7", "ssh_interface": {}}
     return {
         name: {**value, **changes.pop(name, {})} if isinstance(value, dict) else value for name, value in found.items()
     } | changes
@@ -81,13 +83,37 @@ def test_clients_are_networks_as_systemd_takes_them() -> None:
 
 def test_rules_have_a_family_where_they_have_sources() -> None:
     entry = {"ports": [8000], "sources": ["10.0.0.1", "10.0.0.0/31", "fd00::/64"], "protocol": "udp", "comment": "x"}
+    same = {"comment": "x", "protocol": "udp", "ports": ["8000"], "connections": 0}
     assert _firewall.rules([entry]) == [
-        {"comment": "x", "protocol": "udp", "ports": ["8000"], "family": "ip", "sources": ["10.0.0.0/31"]},
-        {"comment": "x", "protocol": "udp", "ports": ["8000"], "family": "ip6", "sources": ["fd00::/64"]},
+        {**same, "family": "ip", "sources": ["10.0.0.0/31"]},
+        {**same, "family": "ip6", "sources": ["fd00::/64"]},
     ]
     assert _firewall.rules([{"ports": ["1-2"]}]) == [
-        {"comment": "", "protocol": "tcp", "ports": ["1-2"], "family": "", "sources": []}
+        {"comment": "", "protocol": "tcp", "ports": ["1-2"], "family": "", "sources": [], "connections": 0}
     ]
+
+
+def test_connections_are_limited_where_anybody_may_come_by_tcp() -> None:
+    allowed = [{"ports": [443]}, {"ports": [443], "protocol": "udp"}, {"ports": [8000], "sources": ["10.0.0.1"]}]
+    plan = _firewall.plan(settings(firewall_allow=allowed), host())
+    found = [(rule["comment"], rule["protocol"], rule["connections"]) for rule in plan["rules"]]
+    assert found == [("SSH", "tcp", 0), ("", "tcp", 4096), ("", "udp", 0), ("", "tcp", 0)]
+
+
+@pytest.mark.parametrize("ports", ["443", 443, [443], ["443"], "443,", (443,)])
+def test_one_item_is_a_list_of_one(ports: Any) -> None:
+    entry = {"ports": ports, "sources": "10.0.0.1"}
+    changes = {"firewall_ssh_ports": ports, "firewall_ssh_sources": "192.0.2.0/24", "firewall_allow": entry}
+    plan = _firewall.plan(settings(**changes), host())
+    assert (plan["problems"], plan["ssh_ports"]) == ([], ["22", "443"])
+    found = [(rule["ports"], rule["sources"]) for rule in plan["rules"]]
+    assert found == [(["22", "443"], ["192.0.2.0/24"]), (["443"], ["10.0.0.1"])]
+
+
+def test_text_with_commas_is_a_list() -> None:
+    """As on the command line."""
+    plan = _firewall.plan(settings(firewall_ssh_ports="2222, 2223"), host())
+    assert plan["ssh_ports"] == ["22", "2222", "2223"]
 
 
 PORT = st.integers(1, 65535)
@@ -116,6 +142,9 @@ def test_port_ranges_are_the_same_ports_without_overlaps(ports: list[int | str])
     [
         ({"instances_known": False}, "What this engine runs is not known"),
         ({"firewall_rollback_seconds": 5}, "firewall_rollback_seconds is 5: give 20 to 600"),
+        ({"firewall_connections_per_source": 63}, "firewall_connections_per_source is 63: give at least 64"),
+        ({"firewall_connections_per_source": -1}, "firewall_connections_per_source is -1: give at least 64"),
+        ({"firewall_ssh_ports": "ssh"}, "firewall_ssh_ports has 'ssh'"),
         ({"firewall_ssh_ports": [0]}, "firewall_ssh_ports has 0: write a port from 1 to 65535"),
         ({"firewall_ssh_ports": ["9010-9000"]}, "firewall_ssh_ports has '9010-9000'"),
         ({"firewall_ssh_ports": ["22; drop"]}, "firewall_ssh_ports has '22; drop'"),
@@ -125,6 +154,7 @@ def test_port_ranges_are_the_same_ports_without_overlaps(ports: list[int | str])
         ({"firewall_ssh_sources": ["fd00::5/64"]}, "firewall_ssh_sources has 'fd00::5/64': write fd00::/64"),
         ({"firewall_ssh_sources": ["::/0"]}, "firewall_ssh_sources has '::/0', which is every address"),
         ({"firewall_allow": [{"ports": []}]}, "firewall_allow[0].ports is empty"),
+        ({"firewall_allow": [{"ports": ""}]}, "firewall_allow[0].ports is empty"),
         ({"firewall_allow": [{"ports": [65536]}]}, "firewall_allow[0].ports has 65536"),
         ({"firewall_allow_more": [{"ports": [1], "sources": ["x"]}]}, "firewall_allow_more[0].sources has 'x'"),
         ({"firewall_allow_more": [{"ports": [1], "comment": "a\nb"}]}, "firewall_allow_more[0].comment is 'a\\nb'"),
@@ -148,6 +178,7 @@ def test_good_variables() -> None:
 
 # --- the host -------------------------------------------------------------------------------------------------
 
+WIREGUARD = {"name": "wg0", "kind": "wireguard"}
 ACTIVE = {"installed": True, "active": True, "ipv6": True, "default_incoming": "DROP"}
 
 
@@ -181,7 +212,9 @@ def test_backend(asked: str, found: dict[str, Any], expected: str) -> None:
         ({}, {"ufw": ACTIVE, "firewalld": ACTIVE}, "ufw and firewalld are both active"),
         ({}, {"ufw": {**ACTIVE, "default_incoming": "ACCEPT"}}, "ufw's default for what comes in is accept"),
         ({}, {"ufw": {**ACTIVE, "ipv6": False}}, "ufw filters no IPv6"),
-        ({"ssh_ports": []}, {}, "No SSH port was found"),
+        ({}, {"firewalld": {**ACTIVE, "open_zones": ["trusted"]}}, "firewalld's zone trusted has the target ACCEPT"),
+        ({}, {"ssh_interface": WIREGUARD}, "This run comes in by the tunnel wg0 (wireguard), which ends on this host"),
+        ({"found_ssh_ports": []}, {}, "No SSH port was found"),
         (
             {"firewall_ssh_sources": ["198.51.100.0/24"]},
             {},
@@ -208,8 +241,21 @@ def test_operator_within_the_sources_is_let_in(sources: list[str], client: str) 
     assert sources == [source for rule in plan["rules"] if rule["comment"] == "SSH" for source in rule["sources"]]
 
 
+@pytest.mark.parametrize(
+    ("allowed", "found"),
+    [
+        ([{"ports": [51820], "protocol": "udp"}], {"ssh_interface": WIREGUARD}),
+        ([], {"ssh_interface": {"name": "eth0", "kind": ""}}),
+        ([], {"ssh_interface": {"name": "eth0", "kind": "veth"}}),
+        ([], {"ssh_interface": WIREGUARD, "ufw": ACTIVE}),  # which has let it in so far
+    ],
+)
+def test_tunnel_that_stays_open(allowed: list[Any], found: dict[str, Any]) -> None:
+    assert _firewall.plan(settings(firewall_allow_more=allowed), host(**found))["problems"] == []
+
+
 def test_nobody_is_locked_out_of_the_machine_that_runs_it() -> None:
-    local = settings(connection="local", ssh_ports=[], firewall_ssh_sources=["198.51.100.0/24"])
+    local = settings(connection="local", found_ssh_ports=[], firewall_ssh_sources=["198.51.100.0/24"])
     assert _firewall.plan(local, host(ssh_client=""))["problems"] == []
 
 
@@ -241,15 +287,53 @@ def test_ports_of_a_socket_unit(text: str, ports: set[int]) -> None:
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("A=1\0SSH_CONNECTION=192.0.2.7 50000 10.0.0.1 2222\0B=2\0", ("192.0.2.7", 2222)),
-        ("SSH_CONNECTION=fe80::1%eth0 50000 fe80::2%eth0 22\0", ("fe80::1", 22)),
-        ("SSH_CONNECTION=::ffff:192.0.2.7 50000 ::ffff:10.0.0.1 22\0", ("192.0.2.7", 22)),
+        ("A=1\0SSH_CONNECTION=192.0.2.7 50000 10.0.0.1 2222\0B=2\0", ("192.0.2.7", "10.0.0.1", 2222)),
+        ("SSH_CONNECTION=fe80::1%eth0 50000 fe80::2%eth0 22\0", ("fe80::1", "fe80::2", 22)),
+        ("SSH_CONNECTION=::ffff:192.0.2.7 50000 ::ffff:10.0.0.1 22\0", ("192.0.2.7", "10.0.0.1", 22)),
         ("NOT_SSH_CONNECTION=192.0.2.7 50000 10.0.0.1 22\0", None),
         ("", None),
     ],
 )
 def test_the_connection_in_use(text: str, found: tuple[str, int] | None) -> None:
     assert _firewall.ssh_connection(text) == found
+
+
+LINKS = [
+    {"ifname": "lo", "addr_info": [{"local": "127.0.0.1"}]},
+    {"ifname": "eth0", "addr_info": [{"local": "10.0.0.1"}, {"local": "fe80::2"}]},
+    {"ifname": "wg0", "linkinfo": {"info_kind": "wireguard"}, "addr_info": [{"local": "10.9.0.1"}]},
+    {"ifname": "docker0", "linkinfo": {"info_kind": "bridge"}, "addr_info": []},
+]
+
+
+@pytest.mark.parametrize(
+    ("address", "found"), [("10.9.0.1", WIREGUARD), ("fe80::2", {"name": "eth0", "kind": ""}), ("192.0.2.1", {})]
+)
+def test_the_interface_in_use(address: str, found: dict[str, str]) -> None:
+    assert _firewall.interface(LINKS, address) == found
+
+
+# --- firewalld ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("head", "target", "interfaces", "is_open"),
+    [
+        ("public (default, active)", "default", "eth0", False),
+        ("trusted", "ACCEPT", "", True),
+        ("trusted (active)", "ACCEPT", "eth0", True),
+        ("trusted (active)", "ACCEPT", "", False),  # of sources
+        ("docker (active)", "ACCEPT", "docker0", False),
+        ("mine (active)", "ACCEPT", "docker0 eth0", True),
+        ("other", "ACCEPT", "", False),
+    ],
+)
+def test_zones_that_let_all_in(head: str, target: str, interfaces: str, is_open: bool) -> None:
+    zone = f"{head}\n  target: {target}\n  icmp-block-inversion: no\n  interfaces: {interfaces}\n  rich rules: \n"
+    text = f"block\n  target: %%REJECT%%\n  interfaces: \n\n{zone}\nwork\n  target: default\n  interfaces: \n\n"
+    assert _firewall.open_zones(text, "trusted" if head == "trusted" else "public", LINKS) == (
+        [head.split(maxsplit=1)[0]] if is_open else []
+    )
 
 
 # --- ufw ------------------------------------------------------------------------------------------------------
@@ -354,6 +438,7 @@ def look(tmp_path: Path, run_module: Any) -> Callable[..., dict[str, Any]]:
             "nft": "exit 1" if rules is None else f"cat {tmp_path}/loaded",
             "unshare": f'grep -q "as loaded" {tmp_path}/rules.nft && cat {tmp_path}/loaded || echo other',
             "sshd": "echo 'listenaddress [::]:22'",
+            "ip": f"echo '{json.dumps(LINKS)}'",
             **programs,
         }
         folder = tmp_path / "bin"
@@ -386,6 +471,7 @@ def test_rules_in_force(look: Callable[..., dict[str, Any]], tmp_path: Path) -> 
     assert found["nftables"] == {"installed": True, "loaded": True, "in_force": True, "unit": True, "present": True}
     assert found["files"] == {str(tmp_path / "rules.nft"): "as loaded", "/no/such/file": None}
     assert (found["ssh_ports"], found["ssh_client"], found["ssh_port"]) == ([22], "192.0.2.7", 2222)
+    assert found["ssh_interface"] == {"name": "eth0", "kind": ""}
     assert found["rollback_pending"] is False
 
 
@@ -434,8 +520,10 @@ def test_firewalld_and_a_pending_rollback(look: Callable[..., dict[str, Any]], t
         "firewalld.service": "LoadState=loaded\nActiveState=active\nUnitFileState=enabled",
         "llmfleet-firewall-rollback.timer": "LoadState=loaded\nActiveState=active\nUnitFileState=transient",
     }
-    found = look(units=units, **{"firewall-cmd": 'test "$1" = --info-policy=llmfleet'})
-    assert found["firewalld"] == {"installed": True, "active": True, "in_force": True, "present": True}
+    zones = 'case $1 in --get-default-zone) echo trusted ;; *) printf "trusted\\n  target: ACCEPT\\n" ;; esac'
+    found = look(units=units, **{"firewall-cmd": zones})
+    firewalld = {"installed": True, "active": True, "in_force": True, "present": True, "open_zones": ["trusted"]}
+    assert found["firewalld"] == firewalld
     assert found["rollback_pending"] is True
     assert look(units=units, **{"firewall-cmd": "exit 1"})["firewalld"]["in_force"] is False
 
@@ -443,11 +531,11 @@ def test_firewalld_and_a_pending_rollback(look: Callable[..., dict[str, Any]], t
 # --- files ----------------------------------------------------------------------------------------------------
 
 
-def render(template: str, entries: list[dict[str, Any]]) -> str:
+def render(template: str, entries: list[dict[str, Any]], connections: int = 0) -> str:
     environment = jinja2.Environment(  # noqa: S701 - not HTML, and addresses and ports alone
         loader=jinja2.FileSystemLoader(ROLE / "templates"), undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    plan = {"rules": _firewall.rules(entries)}
+    plan = {"rules": _firewall.rules(entries, connections)}
     return environment.get_template(template).render(ansible_managed="x", __firewall_plan=plan)
 
 
@@ -467,6 +555,12 @@ def test_nftables_file() -> None:
         "udp dport { 53 } accept",
     ]
     assert "policy drop" in text
+    assert "ct count" not in text
+    limited = render("llmfleet.nft.j2", ENTRIES, 4096)
+    assert re.findall(r"tcp dport \{ (.*?) \} .* (ip6? saddr) .*ct count over 4096", limited) == [
+        ("22", "ip saddr"),
+        ("22", "ip6 saddr"),
+    ]
     assert "flush" not in text
     table = yaml.safe_load((ROLE / "vars/main.yml").read_text())["__firewall_table"]
     assert re.findall(r"^(?:delete )?table (.*?)(?: \{)?$", text, re.MULTILINE) == [table] * 3

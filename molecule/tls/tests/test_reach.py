@@ -16,9 +16,11 @@ FILES = Path(__file__).parents[1] / "files"
 TRAP = 9999  # where nothing is meant to be reached, and something listens
 OPEN = {"gw": [22, 80, 443], "eng": [22]}
 ENGINE_PORT = 8000
+STREAM = 9100  # and the IP version
+HELD = 9200
 TABLE = "inet llmfleet"
 LEFT = "/etc/nftables.d /etc/systemd/system/nftables.service.d /etc/systemd/system/llmfleet-firewall.service"
-WITHOUT_SSH = {"__firewall_ssh_ports": [2222], "firewall_rollback_seconds": 20}
+WITHOUT_SSH = {"__firewall_found_ports": [2222], "firewall_rollback_seconds": 20}
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +40,9 @@ def script(host: Host, file: str, *arguments: object, prefix: str = "") -> str:
     return host.check_output(f"{prefix}python3 -c %s {' '.join(map(str, arguments))}", text)
 
 
-def listen(host: Host, port: int) -> None:
+def listen(host: Host, port: int, *how: str) -> None:
     if host.run(f"systemctl is-active listener-{port}").rc:
-        script(host, "listener.py", port, prefix=f"systemd-run --quiet --collect --unit listener-{port} ")
+        script(host, "listener.py", port, *how, prefix=f"systemd-run --quiet --collect --unit listener-{port} ")
         support.wait_until(lambda: f":{port} " in host.check_output("ss -Hltn"), 10)
 
 
@@ -63,7 +65,7 @@ def udp(source: Host, target: str, version: int) -> bool:
 
 
 def rules(host: Host) -> str:
-    return host.run(f"nft --stateless list table {TABLE}").stdout
+    return host.run(f"nft --stateless --terse list table {TABLE}").stdout
 
 
 def firewall(**variables: Any) -> support.Run:
@@ -102,6 +104,7 @@ def test_engine_answers_the_gateway_alone(out: Host) -> None:
 
 
 def test_udp_is_closed_and_ping_is_not(out: Host) -> None:
+    """One port of UDP, where something answers, stands for all: a port that is silent looks like a closed one."""
     for name in OPEN:
         assert udp(support.host(name), "localhost", 4), "the trap does not listen"
         for version in (4, 6):
@@ -130,6 +133,67 @@ def test_removal_leaves_the_host_as_it_was(out: Host) -> None:
         assert "table inet operators" in host.check_output("nft list tables")
         assert scan(out, name, 6, 22, TRAP) == [22]
         host.check_output("nft delete table inet operators")
+
+
+def test_running_streams_outlive_the_first_rules(out: Host) -> None:
+    """Of connections that the host has opened and says nothing on, as the gateway while an engine streams to it.
+
+    The kernel does not know them, for it tracks connections only where there are rules that ask for it.
+    """
+    host = support.host("gw")
+    support.apply("firewall", "--limit", "gw", variables={"firewall_enabled": False})
+    assert host.check_output("nft list tables") == ""
+    for version in (4, 6):
+        script(
+            out, "ticker.py", "serve", STREAM + version, prefix=f"systemd-run --quiet --collect --unit tick-{version} "
+        )
+        support.wait_until(lambda port=STREAM + version: f":{port} " in out.check_output("ss -Hltn"), 10)
+        script(
+            host,
+            "ticker.py",
+            *("read", STREAM + version, "out", version, f"/run/ticks-{version}"),
+            prefix=f"systemd-run --quiet --collect --unit tick-{version} ",
+        )
+    try:
+        support.wait_until(lambda: min(ticks(host)) > 0, 10)
+        support.apply("firewall", "--limit", "gw")
+        assert scan(out, "gw", 4, 22, TRAP) == [22]
+        before = ticks(host)
+        support.wait_until(lambda: all(now > then + 3 for now, then in zip(ticks(host), before, strict=True)), 15)
+    finally:
+        for each in (host, out):
+            each.run("systemctl stop 'tick-*'")
+
+
+def ticks(host: Host) -> list[int]:
+    """How much has come over IPv4 and IPv6."""
+    return [int(host.run(f"wc -c < /run/ticks-{version}").stdout or 0) for version in (4, 6)]
+
+
+def test_one_source_has_only_so_many_connections(out: Host) -> None:
+    """Held by a port that all may reach; SSH is not counted."""
+    program = (
+        "import socket as s, sys\n"
+        "held, kind = [], s.AF_INET6 if sys.argv[1] == '6' else s.AF_INET\n"
+        "where = s.getaddrinfo('gw', int(sys.argv[2]), kind, s.SOCK_STREAM)[0][4]\n"
+        "try:\n"
+        "    for _ in range(80):\n"
+        "        held.append(s.socket(kind)); held[-1].settimeout(1); held[-1].connect(where)\n"
+        "    print(80)\n"
+        "except TimeoutError: print(len(held) - 1)\n"
+    )
+    listen(support.host("gw"), HELD, "hold")
+    more = [{"ports": [HELD]}]
+    support.apply(
+        "firewall", "--limit", "gw", variables={"firewall_allow_more": more, "firewall_connections_per_source": 64}
+    )
+    try:
+        found = [int(out.check_output(f"python3 -c %s {version} {HELD}", program)) for version in (4, 6)]
+        assert found == [64, 64]
+        assert scan(out, "gw", 4, 22) == [22]
+        assert "ct count over 64" in rules(support.host("gw"))
+    finally:
+        support.apply("firewall", "--limit", "gw")
 
 
 # --- running it -----------------------------------------------------------------------------------------------

@@ -23,15 +23,15 @@ function routes(r) {
 
 // njs keeps 240 bytes for each array or object until the request's end. Those in strings count as well: nobody has parsed it yet.
 function hasTooManyBrackets(text) {
-    let found = 0;
-    for (const bracket of ['[', '{']) {
-        for (let at = text.indexOf(bracket); at >= 0; at = text.indexOf(bracket, at + 1)) {
-            if (++found > MOST_BRACKETS) {
-                return true;
-            }
+    let left = MOST_BRACKETS;
+    return ['[', '{'].some((bracket) => {
+        let at = text.indexOf(bracket);
+        while (at >= 0 && left >= 0) {
+            left--;
+            at = text.indexOf(bracket, at + 1);
         }
-    }
-    return false;
+        return left < 0;
+    });
 }
 
 function isChoices(value, most) {

@@ -136,15 +136,16 @@ def _keys(settings: dict[str, Any]) -> Iterator[str]:
     hashes: dict[str, int] = {}
     for index, entry in enumerate(keys):
         where = f"nginx_keys[{index}]"
-        unquoted = [name for name, value in entry.items() if isinstance(value, (bool, int, float))]
-        for name in unquoted:
-            yield f"{where}.{name} is no text, but a number or a boolean: put it into quotes."
+        unquoted = [part for part, value in entry.items() if isinstance(value, (bool, int, float))]
+        for part in unquoted:
+            yield f"{where}.{part} is no text, but a number or a boolean: put it into quotes."
         if unquoted:
             continue
-        entry = {name: str(value) for name, value in entry.items() if value is not None}
-        if not KEY_NAME.fullmatch(entry.get("name", "")):
-            yield f"{where}.name is {entry.get('name')!r}: use up to 64 of A-Z a-z 0-9 . _ -, the first a letter or digit."
-        key, sha256 = entry.get("key"), entry.get("sha256")
+        name, key, sha256 = (
+            None if entry.get(part) is None else str(entry[part]) for part in ("name", "key", "sha256")
+        )
+        if not KEY_NAME.fullmatch(name or ""):
+            yield f"{where}.name is {name!r}: use up to 64 of A-Z a-z 0-9 . _ -, the first a letter or digit."
         if (key is None) == (sha256 is None):
             yield f"{where} needs either key or sha256, and not both."
             continue

@@ -119,9 +119,7 @@ HEADERS = [
 ]
 BODIES = [
     Attack("large body", get(CHAT, f"{JSON}Content-Length: {5 * MEGA}\r\n", "POST"), 413, MEGA),
-    Attack(
-        "large body in chunks", chunked(CHAT, "Transfer-Encoding: chunked\r\n", f"{5 * MEGA:x}\r\n"), 413, 6 * MEGA
-    ),
+    Attack("large body in chunks", chunked(CHAT, "Transfer-Encoding: chunked\r\n", f"{5 * MEGA:x}\r\n"), 413, 6 * MEGA),
     Attack("no JSON", post("{"), 400),
     Attack("JSON that names no model", post("[]"), 400),
     Attack("null", post("null"), 400),

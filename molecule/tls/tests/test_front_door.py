@@ -7,6 +7,7 @@ shared.
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import json
 import re
@@ -107,6 +108,10 @@ class Door:
 def host_variable(host: str, name: str) -> str:
     command = ["ansible-inventory", "--inventory", str(support.INVENTORY), "--host", host]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)[name]
+
+
+def write(host: Any, path: str, text: str) -> None:
+    host.check_output("printf %s | base64 --decode > %s", base64.b64encode(text.encode()).decode(), path)
 
 
 def run_client(on: str, command: str, asked: dict[str, Any]) -> Any:
@@ -219,6 +224,18 @@ def test_anonymous_flood_is_limited_and_no_one_else_is(door: Door) -> None:
     assert door.client("ask", path="/v1/models")["status"] == 200
 
 
+def test_flood_of_plain_http_is_limited_and_fills_no_log(door: Door) -> None:
+    with door.logged() as lines:
+        plain = {"host": support.NAME, "address": door.addresses["gw"], "port": 80, "key": "sent-in-clear"}
+        found = run_client("out", "ask", {**plain, "path": "/", "repeat": 300})
+    assert set(found["statuses"]) == {"308", "429"}
+    assert {line["status"] for line in lines} == {"308"}
+    time.sleep(1)
+    found = run_client("out", "ask", {**plain, "body": {"model": "tiny"}})
+    assert found["status"] == 403, "a redirect would have the SDK send its key in clear again and again"
+    assert json.loads(found["bodies"][0])["error"]["code"] == "https_required"
+
+
 # What testssl.sh says of it is not for this gateway to mend.
 ACCEPTED = {
     "cipher_order": "Mozilla's profile leaves the choice among its ciphers, which are all strong, to the client",
@@ -241,6 +258,24 @@ def test_weak_tls_is_not_offered(door: Door) -> None:
     print([(each["id"], each["severity"], each["finding"]) for each in found])
     assert {each["id"] for each in found} >= {"cert_revocation"}, "it has not looked"
     assert [each for each in found if each["severity"] != "LOW" and each["id"] not in ACCEPTED] == []
+
+
+def handshake(door: Door, options: str) -> str:
+    return door.out.run(
+        f"openssl s_client -connect {door.addresses['gw']}:443 -servername {support.NAME} "
+        f"-CAfile /root/door/ca.crt {options} < /dev/null"
+    ).stdout
+
+
+@pytest.mark.parametrize(
+    ("group", "offered"), [("X448", False), ("P-521", False), ("ffdhe2048", False), ("X25519", True), ("P-256", True)]
+)
+def test_only_the_profiles_groups_are_offered(door: Door, group: str, offered: bool) -> None:
+    assert ("Cipher is TLS" in handshake(door, f"-tls1_3 -groups {group}")) is offered
+
+
+def test_sessions_of_tls_1_2_are_resumed(door: Door) -> None:
+    assert handshake(door, "-tls1_2 -reconnect").count("\nReused,") == 5
 
 
 # --- keys ----------------------------------------------------------------------------------------------------
@@ -442,6 +477,19 @@ def test_drain_lets_streams_end_and_is_remembered(door: Door) -> None:
         stream.join()
         door.apply("drain", drain_host="eng", drain_undo=True)
     assert door.client("ask", "alice", body={**body, "stream": False, "n": 1})["status"] == 200
+
+
+def test_site_of_one_file_with_both_ports_is_replaced(door: Door) -> None:
+    """The files of the gateway before plain HTTP had one of its own, and before keys were hashed."""
+    old = (FILES / "one-site.conf").read_text()
+    keys = 'map $http_authorization $llmfleet_client { default ""; "Bearer old" 1; }\n'
+    for path, text in {"sites-available/llmfleet.conf": old, "llmfleet/secrets.conf": keys}.items():
+        write(door.gw, f"/etc/nginx/{path}", text)
+    door.gw.check_output("rm /etc/nginx/sites-enabled/llmfleet-http.conf /etc/nginx/llmfleet/keys.json")
+    door.gw.check_output("nginx -t -q && systemctl reload nginx")
+    door.apply()
+    assert door.client("ask", "alice", body={"model": "standin"})["status"] == 200
+    assert door.apply().total("changed") == 0
 
 
 def test_drain_of_nothing_is_refused(door: Door) -> None:

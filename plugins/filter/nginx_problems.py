@@ -70,7 +70,7 @@ def nginx_problems(settings: dict[str, Any]) -> list[str]:
         *_name(settings),
         *_backends(settings["nginx_backends"]),
         *_drained(settings),
-        *_keys(settings["nginx_keys"]),
+        *_keys(settings),
         *_key("nginx_backend_key", settings["nginx_backend_key"]),
         *_ports(settings),
         *_paths(settings),
@@ -127,15 +127,25 @@ def _drained(settings: dict[str, Any]) -> Iterator[str]:
             yield f"nginx_drained has {server!r}: use servers of nginx_backends, which are {', '.join(servers)}."
 
 
-def _keys(keys: list[dict[str, Any]]) -> Iterator[str]:
+def _keys(settings: dict[str, Any]) -> Iterator[str]:
+    if settings["nginx_api_keys"]:
+        yield "nginx_api_keys is now nginx_keys: list each key there with a name, and take nginx_api_keys out."
+    keys = settings["nginx_keys"]
     if not keys:
         yield "nginx_keys is empty: list at least one key, or remove the variable to have one generated."
     hashes: dict[str, int] = {}
     for index, entry in enumerate(keys):
         where = f"nginx_keys[{index}]"
-        if not KEY_NAME.fullmatch(entry["name"]):
-            yield f"{where}.name is {entry['name']!r}: use up to 64 of A-Z a-z 0-9 . _ -, the first a letter or digit."
-        key, sha256 = entry.get("key"), entry.get("sha256")
+        unquoted = [part for part, value in entry.items() if isinstance(value, (bool, int, float))]
+        for part in unquoted:
+            yield f"{where}.{part} is no text, but a number or a boolean: put it into quotes."
+        if unquoted:
+            continue
+        name, key, sha256 = (
+            None if entry.get(part) is None else str(entry[part]) for part in ("name", "key", "sha256")
+        )
+        if not KEY_NAME.fullmatch(name or ""):
+            yield f"{where}.name is {name!r}: use up to 64 of A-Z a-z 0-9 . _ -, the first a letter or digit."
         if (key is None) == (sha256 is None):
             yield f"{where} needs either key or sha256, and not both."
             continue
@@ -151,7 +161,11 @@ def _keys(keys: list[dict[str, Any]]) -> Iterator[str]:
             hashes[digest] = index
 
 
-def _key(where: str, key: str) -> Iterator[str]:
+def _key(where: str, key: Any) -> Iterator[str]:
+    if isinstance(key, (bool, int, float)):
+        yield f"{where} is no text, but a number or a boolean: put it into quotes."
+        return
+    key = str(key)  # ansible-vault's is none yet
     if not KEY.fullmatch(key):
         yield f"{where} is empty or has a character that is not one of A-Z a-z 0-9 . _ ~ + / = -: make another key."
     elif len(key) < KEY_MIN_LENGTH:
@@ -200,7 +214,7 @@ def _numbers(settings: dict[str, Any]) -> Iterator[str]:
     if not SIZE.fullmatch(settings["nginx_max_body_size"]):
         yield (
             f"nginx_max_body_size is {settings['nginx_max_body_size']!r}: "
-            "write a number of bytes, or one with k or m, as 16m."
+            "write a number of bytes, or one with k or m, as 4m."
         )
     for name, (least, what) in AT_LEAST.items():
         if settings[name] < least:

@@ -6,6 +6,7 @@ status; 0 means that the connection is closed without one.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 AUTH = "Host: {host}\r\nAuthorization: Bearer {key}\r\n"
@@ -53,6 +54,7 @@ PATHS = [
     Attack("overlong UTF-8", get("/v1/%c0%ae%c0%ae/metrics"), 404),
     Attack("the gateway's own path", post(GOOD, f"/.llmfleet/1{CHAT}"), 404),
     Attack("the gateway's own error page", get("/.llmfleet/error"), 404),
+    Attack("the gateway's own answer", get("/.llmfleet/answer"), 404),
     Attack("vLLM's inference without a key", post(GOOD, "/invocations"), 404),
     Attack("vLLM's metrics", get("/metrics"), 404),
     Attack("vLLM's adapters", post("{}", "/v1/load_lora_adapter"), 404),
@@ -107,15 +109,17 @@ HEADERS = [
     Attack("key with more behind it", get("/v1/models").replace("{key}", "{key} {key}"), 401),
     Attack("a key's hash as the key", get("/v1/models").replace("{key}", "{sha256}"), 401),
     Attack("no key and a closed path", get("/metrics").replace("Authorization", "X-Other"), 401),
+    Attack("no key and the error page", get("/.llmfleet/error").replace("Authorization", "X-Other"), 401),
+    Attack("no key and the answer", get("/.llmfleet/answer").replace("Authorization", "X-Other"), 401),
+    Attack("no key and an old error page", get("/.llmfleet/unauthorized").replace("Authorization", "X-Other"), 401),
+    Attack("no key and the answer, encoded", get("/x/..//%2ellmfleet/answer").replace("Authorization", "X-Other"), 401),
     Attack(
-        "no key and a large body", get(CHAT, f"Content-Length: {15 * MEGA}\r\n", "POST").replace("Auth", "X"), 401, MEGA
+        "no key and a large body", get(CHAT, f"Content-Length: {3 * MEGA}\r\n", "POST").replace("Auth", "X"), 401, MEGA
     ),
 ]
 BODIES = [
-    Attack("large body", get(CHAT, f"{JSON}Content-Length: {17 * MEGA}\r\n", "POST"), 413, MEGA),
-    Attack(
-        "large body in chunks", chunked(CHAT, "Transfer-Encoding: chunked\r\n", f"{17 * MEGA:x}\r\n"), 413, 18 * MEGA
-    ),
+    Attack("large body", get(CHAT, f"{JSON}Content-Length: {5 * MEGA}\r\n", "POST"), 413, MEGA),
+    Attack("large body in chunks", chunked(CHAT, "Transfer-Encoding: chunked\r\n", f"{5 * MEGA:x}\r\n"), 413, 6 * MEGA),
     Attack("no JSON", post("{"), 400),
     Attack("JSON that names no model", post("[]"), 400),
     Attack("null", post("null"), 400),
@@ -123,12 +127,16 @@ BODIES = [
     Attack("model that is a property", post('{"model": "__proto__"}'), 404),
     Attack("model with a path", post('{"model": "../../metrics"}'), 404),
     Attack("nested deep", post('{"model": "standin", "a": ' + "[" * 5000 + "]" * 5000 + "}"), 400),
+    Attack("many arrays", post('{"model": "standin", "a": [' + ",".join(["[]"] * 110_000) + "]}"), 400),
+    Attack("many objects", post('{"model": "standin", "a": [' + ",".join(["{}"] * 110_000) + "]}"), 400),
     Attack("UTF-16", post('{\0"\0m\0o\0d\0e\0l\0"\0:\0"\0s\0"\0}\0'), 400),
     Attack("huge n", post('{"model": "standin", "n": 1000000}'), 400),
     Attack("huge n in words", post('{"model": "standin", "n": "1000000"}'), 400),
     Attack("huge n twice", post('{"model": "standin", "n": 1, "\\u006e": 1e6}'), 400),
     Attack("infinite n", post('{"model": "standin", "n": 1e999}'), 400),
     Attack("huge best_of", post('{"model": "standin", "n": 1, "best_of": 1000000}'), 400),
+    Attack("many prompts", post(json.dumps({"model": "standin", "prompt": ["a"] * 129}), "/v1/completions"), 400),
+    Attack("many prompts of n", post('{"model": "standin", "prompt": ["a", [1]], "n": 65}', "/v1/completions"), 400),
 ]
 METHODS = [
     Attack("TRACE", get("/v1/models", method="TRACE"), 405),

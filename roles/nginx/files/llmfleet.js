@@ -2,6 +2,7 @@
 // Whose key a request has, and which model it is for.
 import crypto from 'crypto';
 
+const MOST_BRACKETS = 100000;
 const LISTED = ['cache-control', 'content-encoding', 'content-length', 'content-type', 'retry-after'];
 
 // The name of the key's owner, empty without a right key. llmfleet_keys is {SHA-256 of a key: name}, read from keys.json.
@@ -18,6 +19,19 @@ function refuse(r, status, message, param, code) {
 // {model: number of its upstream, or 0 where all its servers are drained}
 function routes(r) {
     return JSON.parse(r.variables.llmfleet_routes);
+}
+
+// njs keeps 240 bytes for each array or object until the request's end. Those in strings count as well: nobody has parsed it yet.
+function hasTooManyBrackets(text) {
+    let left = MOST_BRACKETS;
+    return ['[', '{'].some((bracket) => {
+        let at = text.indexOf(bracket);
+        while (at >= 0 && left >= 0) {
+            left--;
+            at = text.indexOf(bracket, at + 1);
+        }
+        return left < 0;
+    });
 }
 
 function isChoices(value, most) {
@@ -37,6 +51,10 @@ function route(r) {
         refuse(r, 413, 'The request body is too large to be sent in such small chunks.', null, 'request_too_large');
         return;
     }
+    if (hasTooManyBrackets(text)) {
+        refuse(r, 400, `The request body has more than ${MOST_BRACKETS} opening brackets.`, null, 'invalid_json');
+        return;
+    }
     let body;
     try {
         body = JSON.parse(text);
@@ -54,6 +72,12 @@ function route(r) {
     const wrong = ['n', 'best_of'].find((name) => !isChoices(body[name], most));
     if (wrong) {
         refuse(r, 400, `${wrong} must be a whole number from 1 to ${most}.`, wrong, 'invalid_value');
+        return;
+    }
+    // A list of prompts has answers for each of them; a list of numbers is one prompt, as its tokens.
+    const prompts = Array.isArray(body.prompt) && typeof body.prompt[0] !== 'number' ? body.prompt.length : 1;
+    if (prompts * Math.max(body.n || 1, body.best_of || 1) > most) {
+        refuse(r, 400, `prompt, n and best_of ask for more than ${most} answers.`, 'prompt', 'invalid_value');
         return;
     }
     const known = routes(r);

@@ -18,9 +18,8 @@ from pathlib import Path
 NGINX = Path("/etc/nginx")
 MAIN = NGINX / "nginx.conf"
 SITE = NGINX / "sites-available/llmfleet.conf"
-HTTP_SITE = NGINX / "sites-available/llmfleet-http.conf"
 SITES = NGINX / "sites-enabled"
-INCLUDE = re.compile(r"^\s*include\s+(/etc/nginx/)?sites-enabled/\*[^;]*;", re.MULTILINE)
+MODULES = NGINX / "modules-enabled"
 UNIT_DIRS = ("/etc/systemd/system", "/lib/systemd/system", "/usr/lib/systemd/system")
 
 
@@ -32,34 +31,34 @@ def temporary(text: str) -> Path:
     return Path(name)
 
 
+def including(text: str, folder: Path, files: list[Path], added: str) -> str:
+    """``text`` with these files, and one more line, in place of its include of the folder."""
+    lines = "\n".join([*(f"include {file};" for file in files), added])
+    pattern = re.compile(rf"^\s*include\s+(/etc/nginx/)?{folder.name}/\*[^;]*;", re.MULTILINE)
+    changed, found = pattern.subn(lambda _: lines, text, count=1)
+    if not found:
+        sys.exit(f"{MAIN} lacks 'include {folder}/*': restore the distribution's file")
+    return changed
+
+
 def check_nginx(target: str, staged: str) -> int:
-    """nginx -t on the host's own nginx.conf, with our site as it would be."""
-    changed = HTTP_SITE if target == str(HTTP_SITE) else SITE
-    main_text = Path(staged if target == str(MAIN) else MAIN).read_text()
-    if target == str(MAIN):
-        site = SITE.read_text() if (SITES / SITE.name).exists() else ""
-    elif target == str(changed):
-        site = Path(staged).read_text()
-    elif SITE.exists() and target in SITE.read_text():
-        site = SITE.read_text().replace(target, staged)
-    elif target.endswith(".js"):
-        site = f"js_import llmfleet from {staged};"
-    elif target.endswith(".json"):
-        site = f"js_preload_object llmfleet_keys from {staged};"
-    else:
-        site = f"include {staged};"
-    site_file = temporary(site)
-    files = [file for file in sorted(SITES.glob("[!.]*")) if file.name not in {changed.name, "default"}]
-    includes = "\n".join(f"include {file};" for file in [*files, site_file])
-    main, found = INCLUDE.subn(lambda _: includes, main_text, count=1)
+    """nginx -t on the host's own nginx.conf and sites, with the file as it would be.
+
+    The site is written last, and is checked with all that it needs. The other files are checked without it, because the
+    site that is still there may need what they had before.
+    """
+    lines = {".js": f"js_import llmfleet from {staged};", ".json": f"js_preload_object llmfleet_keys from {staged};"}
+    added = lines.get(Path(target).suffix, f"include {staged};")
+    folder = MODULES if Path(target).parent == MODULES else SITES
+    main = Path(staged if target == str(MAIN) else MAIN).read_text()
+    if target != str(MAIN):
+        left_out = {Path(target).name, "default", *([SITE.name] if folder == SITES else [])}
+        files = [file for file in sorted(folder.glob("[!.]*")) if file.name not in left_out]
+        main = including(main, folder, files, added)
     main_file = temporary(main)
     try:
-        if not found:
-            print(f"{MAIN} lacks 'include {SITES}/*;': restore the distribution's file", file=sys.stderr)
-            return 1
         return subprocess.run(["nginx", "-t", "-q", "-c", str(main_file)], check=False).returncode
     finally:
-        site_file.unlink()
         main_file.unlink()
 
 

@@ -67,12 +67,12 @@ GROUPS: tuple[tuple[Stage, ...], ...] = (
         ),
         Stage("unit", (("pytest", "--quiet", "tests/unit"),), counts="unit"),
     ),
-    (molecule("default"), molecule("fleet")),
     (
         molecule("tls"),  # waits more than it computes
         molecule("plan"),
         Stage("demo", (("pytest", "--quiet", "-s", "tests/demo"),), counts="demo"),
     ),
+    (molecule("default"), molecule("fleet")),
 )
 
 

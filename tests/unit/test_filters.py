@@ -223,6 +223,7 @@ def test_filters_run_in_templates(run_playbook: Any, tmp_path: Path) -> None:
         "firewall": {
             "instances_known": False,
             "firewall_rollback_seconds": 60,
+            "firewall_connections_per_source": 0,
             **{f"firewall_{name}": [] for name in ("ssh_ports", "ssh_sources", "allow", "allow_more")},
         },
         "vllm_plans": {"plans": [{"name": "a", "refusal": {"reason": "It does not fit."}}]},

@@ -225,7 +225,7 @@ def test_run_that_is_cut_short_is_taken_back_and_mended() -> None:
     host.check_output(f"nft add rule {TABLE} input tcp dport {TRAP} accept")
     assert support.apply("firewall", "--limit", "gw").total("changed") > 0
     assert rules(host) == before
-    assert "llmfleet" not in host.check_output("systemctl list-timers --all --no-legend")
+    assert "llmfleet-firewall" not in host.check_output("systemctl list-timers --all --no-legend")
 
 
 def test_who_would_be_locked_out_is_told_before() -> None:

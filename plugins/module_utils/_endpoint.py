@@ -45,6 +45,7 @@ REMEDIES = {
     403: "check what api_key may do",
     404: "check that models has the name that clients use",
     429: "raise the rate limits of api_key or wait",
+    503: f"put it back if it is drained (playbooks/drain.yml with drain_undo=true), or {LOGS}",
 }
 # What an open route says to a GET when it wants another method or a body; and 429, which says nothing of it.
 NO_REFUSAL = (400, 405, 415, 422, 429)

@@ -25,12 +25,12 @@ cat <<EOF
 
   # The OpenAI client, once "10.77.1.11 llm.demo.test" is in /etc/hosts (pip install openai):
   SSL_CERT_FILE=$ca OPENAI_BASE_URL=https://llm.demo.test/v1 OPENAI_API_KEY=\$(cat $key) python3 -c '
-  from openai import OpenAI
-  for chunk in OpenAI().chat.completions.create(model="tiny", stream=True, max_tokens=32,
-                                                messages=[{"role": "user", "content": "Hello"}]):
-      print(chunk.choices[0].delta.content or "", end="", flush=True)'
+from openai import OpenAI
+for chunk in OpenAI().chat.completions.create(model="tiny", stream=True, max_tokens=32,
+                                              messages=[{"role": "user", "content": "Hello"}]):
+    print(chunk.choices[0].delta.content or "", end="", flush=True)'
 
-  ansible-playbook -i inventories/demo site.yml    # again: it changes nothing
+  .venv/bin/ansible-playbook -i inventories/demo site.yml    # again: it changes nothing
   $sudo tests/hosts/hosts.py ssh --set demo demo1  # look around on the host
   make clean                                       # take everything away
 EOF

@@ -167,7 +167,7 @@ BAD_INPUT = {
         {"vllm_models": [{"name": "a", "source": "/srv/nothing", "copy": True}]},
         "the controller has no /srv/nothing/config.json",
     ),
-    "an unknown key of a model": ({"vllm_models": [{"name": "a", "source": "o/m", "contxt": 1}]}, "contxt"),
+    "an unknown key of a model": ({"vllm_models": [{"name": "a", "source": "o/m", "contxt": 1}]}, "(a) has contxt, "),
     "too little disk": ({"vllm_version": "0.31.0", "vllm_required_free_bytes": 2**60}, "need 1073741824.0 GiB"),
     "a port that nginx wants": ({"nginx_https_port": 8000}, "Port 8000 is wanted by nginx"),
     "no driver": ({"vllm_platform": "cuda"}, "no NVIDIA driver is loaded"),
@@ -189,7 +189,8 @@ def test_flag_that_vllm_does_not_know_leaves_the_service_as_it_is(host: Host, mo
     wrong = {**models["tiny"], "flags": {"max_modle_len": 1}}
     run = support.play("site", variables={"vllm_models": [wrong]})
     assert run.code != 0
-    assert "max-modle-len" in run.output
+    assert "unrecognized arguments: --max-modle-len" in run.output
+    assert "Do you mean --max-model-len?" in run.output
     assert main_pid(host) == before
     assert support.apply("site").total("changed") == 0
 

@@ -33,12 +33,17 @@ def system(os_release: Path = OS_RELEASE) -> str:
     return f"{values.get('ID', 'unknown')} {values.get('VERSION_ID', '')}".strip()
 
 
+def run(module: Any, *command: str) -> tuple[int, str]:
+    """The command's exit status and what it prints; on a host without it 127, as a shell has it, and nothing."""
+    try:
+        return module.run_command(list(command), handle_exceptions=False, expand_user_and_vars=False)[:2]
+    except OSError:
+        return 127, ""
+
+
 def output(module: Any, *command: str) -> str:
     """What the command prints; nothing on a host without it, which the role then refuses for its system."""
-    try:
-        return module.run_command(list(command), handle_exceptions=False, expand_user_and_vars=False)[1]
-    except OSError:
-        return ""
+    return run(module, *command)[1]
 
 
 def missing_packages(module: Any, wanted: Iterable[str]) -> list[str]:

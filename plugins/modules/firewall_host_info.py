@@ -119,7 +119,14 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.llmfleet.serving.plugins.module_utils import _firewall
-from ansible_collections.llmfleet.serving.plugins.module_utils._host import PROC, content, holders, listening, system
+from ansible_collections.llmfleet.serving.plugins.module_utils._host import (
+    PROC,
+    content,
+    holders,
+    listening,
+    run,
+    system,
+)
 
 UFW_DEFAULTS = Path("/etc/default/ufw")
 UFW_CONF = Path("/etc/ufw/ufw.conf")
@@ -129,11 +136,8 @@ SSH_SERVERS = {"sshd", "dropbear"}
 
 def output(module: AnsibleModule, *command: str) -> str | None:
     """What the command prints, or None where it fails or is not there."""
-    try:
-        code, out, _ = module.run_command(list(command), handle_exceptions=False, expand_user_and_vars=False)
-    except OSError:
-        return None
-    return None if code else out
+    code, printed = run(module, *command)
+    return None if code else printed
 
 
 def units(module: AnsibleModule, *names: str) -> dict[str, dict[str, str]]:

@@ -164,6 +164,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.llmfleet.serving.plugins.module_utils._host import (
     APT_LISTS,
     Program,
+    content,
     has_package_lists,
     missing_packages,
     output,
@@ -237,13 +238,6 @@ def unconfined(dropin: str | None, nginx: Path | None) -> bool:
     return False
 
 
-def text(path: str | None) -> str:
-    try:
-        return Path(path).read_text() if path else ""
-    except OSError:
-        return ""
-
-
 def certificate_to_do(own_ca: dict[str, Any] | None) -> str:
     if own_ca is None:
         return ""
@@ -279,7 +273,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     asked, nginx = module.params, master()
-    site = text(asked["site"])
+    site = (content(Path(asked["site"])) if asked["site"] else None) or ""
     module.exit_json(
         changed=False,
         system=system(),

@@ -67,6 +67,20 @@ def processes(proc: Path = PROC) -> Iterator[Path]:
 
 
 @dataclass(frozen=True)
+class Stat:
+    """Of /proc/<pid>/stat the parent, and the start in clock ticks since the boot."""
+
+    parent: int
+    start: int
+
+
+def stat(process: Path) -> Stat:
+    # What stands before the last parenthesis is the command's name, with anything in it.
+    fields = (process / "stat").read_text(errors="replace").rpartition(")")[2].split()
+    return Stat(parent=int(fields[1]), start=int(fields[19]))
+
+
+@dataclass(frozen=True)
 class Program:
     """A process that listens on a port. ``groups`` is the text of its control groups."""
 

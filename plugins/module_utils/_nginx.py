@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -23,19 +22,6 @@ DOWN = re.compile(r"^\s*server\s+(\S+)\s+down;", re.MULTILINE)
 def drained(site: str) -> list[str]:
     """The servers of upstreams that a configuration of nginx has marked ``down``, each once."""
     return list(dict.fromkeys(DOWN.findall(site)))
-
-
-@dataclass(frozen=True)
-class Stat:
-    """Of /proc/<pid>/stat the parent, and the start in clock ticks since the boot."""
-
-    parent: int
-    start: int
-
-
-def parse_stat(text: str) -> Stat:
-    fields = text.rpartition(")")[2].split()  # what stands before is the command's name, with anything in it
-    return Stat(parent=int(fields[1]), start=int(fields[19]))
 
 
 def takes_requests(title: str) -> bool:

@@ -125,6 +125,7 @@ from ansible_collections.llmfleet.serving.plugins.module_utils._host import (
     holders,
     listening,
     run,
+    stat,
     system,
 )
 
@@ -224,7 +225,7 @@ def ssh_connection() -> tuple[str, str, int]:
             found = _firewall.ssh_connection((PROC / str(pid) / "environ").read_text(errors="replace"))
             if found:
                 return found
-            pid = int((PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+            pid = stat(PROC / str(pid)).parent
     return "", "", 0
 
 

@@ -163,24 +163,23 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.llmfleet.serving.plugins.module_utils._host import (
     APT_LISTS,
+    PROC,
     Program,
     content,
     has_package_lists,
     missing_packages,
     output,
     processes,
+    stat,
     system,
     taken_ports,
 )
 from ansible_collections.llmfleet.serving.plugins.module_utils._nginx import (
-    Stat,
     certificate_problem,
     drained,
-    parse_stat,
     takes_requests,
 )
 
-PROC = Path("/proc")
 PID_FILE = Path("/run/nginx.pid")
 SYSTEMCTL = ("systemctl", "show", "nginx.service", "--property", "NeedDaemonReload")
 
@@ -195,10 +194,6 @@ def changed(path: str) -> float:
         return os.lstat(path).st_ctime
     except OSError:
         return 0.0
-
-
-def stat(process: Path) -> Stat:
-    return parse_stat((process / "stat").read_text(errors="replace"))
 
 
 def started(process: Path) -> float:

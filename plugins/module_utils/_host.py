@@ -46,6 +46,14 @@ def output(module: Any, *command: str) -> str:
     return run(module, *command)[1]
 
 
+def units(module: Any, *names: str) -> dict[str, dict[str, str]]:
+    """Properties of systemd's units by name, where it does not tell those of a unit that is not there."""
+    shown = output(module, "systemctl", "show", "--property", "Id,LoadState,ActiveState,UnitFileState,Listen", *names)
+    found = [dict(re.findall(r"^(\w+)=(.*)$", block, re.MULTILINE)) for block in shown.split("\n\n")]
+    none = {"LoadState": "not-found", "ActiveState": "inactive", "UnitFileState": "", "Listen": ""}
+    return {name: none | next((unit for unit in found if unit.get("Id") == name), {}) for name in names}
+
+
 def missing_packages(module: Any, wanted: Iterable[str]) -> list[str]:
     lines = set(output(module, *DPKG, *wanted).splitlines())
     return [package for package in wanted if f"{package} installed" not in lines]

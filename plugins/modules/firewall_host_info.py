@@ -127,6 +127,7 @@ from ansible_collections.llmfleet.serving.plugins.module_utils._host import (
     run,
     stat,
     system,
+    units,
 )
 
 UFW_DEFAULTS = Path("/etc/default/ufw")
@@ -139,14 +140,6 @@ def output(module: AnsibleModule, *command: str) -> str | None:
     """What the command prints, or None where it fails or is not there."""
     code, printed = run(module, *command)
     return None if code else printed
-
-
-def units(module: AnsibleModule, *names: str) -> dict[str, dict[str, str]]:
-    """Properties of the units by name."""
-    shown = output(module, "systemctl", "show", "--property", "Id,LoadState,ActiveState,UnitFileState,Listen", *names)
-    found = [dict(re.findall(r"^(\w+)=(.*)$", block, re.MULTILINE)) for block in (shown or "").split("\n\n")]
-    none = {"LoadState": "not-found", "ActiveState": "inactive", "UnitFileState": "", "Listen": ""}
-    return {name: none | next((unit for unit in found if unit.get("Id") == name), {}) for name in names}
 
 
 def nftables(module: AnsibleModule, unit: dict[str, str]) -> dict[str, bool]:

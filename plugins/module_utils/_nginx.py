@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import re
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from typing import Any
+
+from ansible_collections.llmfleet.serving.plugins.module_utils._certificate import alternative_names, validity
 
 try:
     from cryptography import exceptions, x509
@@ -38,8 +40,7 @@ def certificate_problem(ca: bytes, key: bytes, certificate: bytes, subject_alt_n
         private_key = serialization.load_pem_private_key(key, None)
     except (TypeError, ValueError) as error:  # TypeError: the key is encrypted
         return f"it cannot be read ({error})"
-    # Debian 12 has none of the names in UTC.
-    end = getattr(leaf, "not_valid_after_utc", None) or leaf.not_valid_after.replace(tzinfo=timezone.utc)
+    _, end = validity(leaf)
     problems = {
         "another CA signed it": not _signed_by(leaf, issuer),
         f"it expires on {end:%Y-%m-%d}": end - RENEW_BEFORE < now,
@@ -61,9 +62,8 @@ def _signed_by(leaf: x509.Certificate, issuer: x509.Certificate) -> bool:
 
 
 def _names(leaf: x509.Certificate) -> set[str]:
-    try:
-        names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
+    names = alternative_names(leaf)
+    if names is None:
         return set()
     addresses = {f"IP:{address}" for address in names.get_values_for_type(x509.IPAddress)}
     return addresses | {f"DNS:{name}" for name in names.get_values_for_type(x509.DNSName)}

@@ -42,10 +42,10 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
+from ansible_collections.llmfleet.serving.plugins.module_utils._names import is_dns_name
+
 LETS_ENCRYPT = "https://acme-v02.api.letsencrypt.org/directory"
 ACME_PORT = 80
-LABEL = r"(?!-)[a-z0-9-]{1,63}(?<!-)"
-NAME = re.compile(rf"(?=.{{1,253}}\Z)(\*\.)?{LABEL}(\.{LABEL})*")
 EMAIL = re.compile(r"[^\s@,\"'<>#;\\]+@[A-Za-z0-9.-]+\.[A-Za-z]{2,}")
 KEY_ID = re.compile(r"[A-Za-z0-9._~+/=:@-]+")
 HMAC_KEY = re.compile(r"[A-Za-z0-9_-]+=*")
@@ -95,7 +95,7 @@ def _names(settings: dict[str, Any]) -> Iterator[str]:
                 f"The certificate is to be for {name}, and certbot asks for DNS names only: give the service one "
                 "(nginx_server_name), or use another nginx_certificate_source."
             )
-        elif not NAME.fullmatch(name):
+        elif not is_dns_name(name.removeprefix("*.")):
             yield f"certbot_names has {name!r}: write a DNS name, without scheme or port."
         elif "." not in name and settings["certbot_server"] == LETS_ENCRYPT:
             yield f"certbot_names has {name!r}: Let's Encrypt signs full names only, as llm.example.org."

@@ -38,9 +38,8 @@ _value:
 """
 
 import ipaddress
-import re
 
-LABEL = re.compile(r"(?!-)[a-z0-9-]{1,63}(?<!-)")
+from ansible_collections.llmfleet.serving.plugins.module_utils._names import is_dns_name
 
 
 def nginx_name(name: str) -> dict[str, object]:
@@ -48,11 +47,7 @@ def nginx_name(name: str) -> dict[str, object]:
     try:
         address = ipaddress.ip_address(name)
     except ValueError:
-        labels = name.split(".")
-        numeric = labels[-1].isdigit()  # 10.0.0.256 is a mistyped address, not a name
-        if numeric or len(name) > 253 or not all(LABEL.fullmatch(label) for label in labels):
-            return {}
-        return {"ip": False, "host": name, "san": f"DNS:{name}"}
+        return {"ip": False, "host": name, "san": f"DNS:{name}"} if is_dns_name(name) else {}
     if "%" in name:
         return {}
     return {

@@ -39,7 +39,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-DNS_NAME = re.compile(r"(?=.{1,253}\Z)(?!-)[A-Za-z0-9-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9-]{1,63}(?<!-))*")
+from ansible_collections.llmfleet.serving.plugins.module_utils._names import MAX_PORT, is_dns_name
+
 KEY = re.compile(r"[A-Za-z0-9._~+/=-]+")  # RFC 6750's b64token, which needs no quoting in nginx
 KEY_MIN_LENGTH = 20
 KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -48,7 +49,6 @@ MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 SERVER = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?):([0-9]{1,5})")
 PATH = re.compile(r"(/[A-Za-z0-9_.~-]+)+")
 SIZE = re.compile(r"[1-9][0-9]*[kKmM]?")
-MAX_PORT = 65535
 AT_LEAST = {  # and what each counts
     "nginx_read_timeout": (1, "second"),
     "nginx_worker_connections": (512, "connections"),
@@ -89,7 +89,7 @@ def _name(settings: dict[str, Any]) -> Iterator[str]:
         )
     names = [settings["nginx_server_name"], *settings["nginx_server_aliases"]]
     for alias in names[1:]:
-        if not DNS_NAME.fullmatch(alias) or alias.lower().rpartition(".")[2].isdigit():
+        if not is_dns_name(alias):
             yield f"nginx_server_aliases has {alias!r}: use DNS names, without scheme, port or wildcard."
     if len({name.lower() for name in names}) < len(names):
         yield "nginx_server_aliases has a name twice, or nginx_server_name as well: list each name once."

@@ -10,8 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from urllib.parse import urlsplit
+
+from ansible_collections.llmfleet.serving.plugins.module_utils._certificate import alternative_names, validity
 
 try:
     from cryptography import x509
@@ -42,14 +44,10 @@ def read_certificate(pem: bytes) -> Certificate:
     if x509 is None:
         raise ValueError("python3-cryptography, which reads it, is missing")
     leaf = x509.load_pem_x509_certificate(pem)
-    try:
-        names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        raise ValueError("it is for no DNS name") from None
-    # Debian 12 has none of the names in UTC.
-    begin = getattr(leaf, "not_valid_before_utc", None) or leaf.not_valid_before.replace(tzinfo=timezone.utc)
-    end = getattr(leaf, "not_valid_after_utc", None) or leaf.not_valid_after.replace(tzinfo=timezone.utc)
-    return Certificate(frozenset(names.get_values_for_type(x509.DNSName)), begin, end)
+    names = alternative_names(leaf)
+    if names is None:
+        raise ValueError("it is for no DNS name")
+    return Certificate(frozenset(names.get_values_for_type(x509.DNSName)), *validity(leaf))
 
 
 def parse_renewal(text: str) -> dict[str, str]:

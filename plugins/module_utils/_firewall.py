@@ -13,7 +13,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-MAX_PORT = 65535
+from ansible_collections.llmfleet.serving.plugins.module_utils._names import MAX_PORT
+
 PORTS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
 COMMENT = re.compile(r"[A-Za-z0-9 ._:/,@+-]{0,64}")
 MARK = "llmfleet"  # the comment of our rules in ufw

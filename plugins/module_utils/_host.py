@@ -33,12 +33,25 @@ def system(os_release: Path = OS_RELEASE) -> str:
     return f"{values.get('ID', 'unknown')} {values.get('VERSION_ID', '')}".strip()
 
 
+def run(module: Any, *command: str) -> tuple[int, str]:
+    """The command's exit status and what it prints; on a host without it 127, as a shell has it, and nothing."""
+    try:
+        return module.run_command(list(command), handle_exceptions=False, expand_user_and_vars=False)[:2]
+    except OSError:
+        return 127, ""
+
+
 def output(module: Any, *command: str) -> str:
     """What the command prints; nothing on a host without it, which the role then refuses for its system."""
-    try:
-        return module.run_command(list(command), handle_exceptions=False, expand_user_and_vars=False)[1]
-    except OSError:
-        return ""
+    return run(module, *command)[1]
+
+
+def units(module: Any, *names: str) -> dict[str, dict[str, str]]:
+    """Properties of systemd's units by name, where it does not tell those of a unit that is not there."""
+    shown = output(module, "systemctl", "show", "--property", "Id,LoadState,ActiveState,UnitFileState,Listen", *names)
+    found = [dict(re.findall(r"^(\w+)=(.*)$", block, re.MULTILINE)) for block in shown.split("\n\n")]
+    none = {"LoadState": "not-found", "ActiveState": "inactive", "UnitFileState": "", "Listen": ""}
+    return {name: none | next((unit for unit in found if unit.get("Id") == name), {}) for name in names}
 
 
 def missing_packages(module: Any, wanted: Iterable[str]) -> list[str]:
@@ -59,6 +72,20 @@ def memory_bytes(proc: Path = PROC) -> int:
 def processes(proc: Path = PROC) -> Iterator[Path]:
     """The folders of all processes. One may be gone before it is looked into."""
     return (path for path in proc.iterdir() if path.name.isdigit())
+
+
+@dataclass(frozen=True)
+class Stat:
+    """Of /proc/<pid>/stat the parent, and the start in clock ticks since the boot."""
+
+    parent: int
+    start: int
+
+
+def stat(process: Path) -> Stat:
+    # What stands before the last parenthesis is the command's name, with anything in it.
+    fields = (process / "stat").read_text(errors="replace").rpartition(")")[2].split()
+    return Stat(parent=int(fields[1]), start=int(fields[19]))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
+from ansible_collections.llmfleet.serving.plugins.module_utils._names import MAX_PORT
 from packaging.version import InvalidVersion, Version
 
 MODELS_DIR = "/var/lib/vllm/models"
@@ -178,8 +179,8 @@ def _problems(model: Mapping[str, Any], port: int, is_file: Callable[[str], bool
     name = str(model.get("name", ""))
     if not NAME.fullmatch(name):
         yield f"name is {name!r}: use at most 63 letters, digits, '.', '_' and '-', a letter or digit first."
-    if not 1024 <= port <= 65535:
-        yield f"port is {port}: choose one from 1024 to 65535, for vLLM runs without privileges."
+    if not 1024 <= port <= MAX_PORT:
+        yield f"port is {port}: choose one from 1024 to {MAX_PORT}, for vLLM runs without privileges."
     for key in ("users", "context"):
         if model.get(key) is not None and int(model[key]) < 1:
             yield f"{key} is {model[key]}: give a number of at least 1."

@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from typing import Any
+
+from ansible_collections.llmfleet.serving.plugins.module_utils._certificate import alternative_names, validity
 
 try:
     from cryptography import exceptions, x509
@@ -25,19 +26,6 @@ def drained(site: str) -> list[str]:
     return list(dict.fromkeys(DOWN.findall(site)))
 
 
-@dataclass(frozen=True)
-class Stat:
-    """Of /proc/<pid>/stat the parent, and the start in clock ticks since the boot."""
-
-    parent: int
-    start: int
-
-
-def parse_stat(text: str) -> Stat:
-    fields = text.rpartition(")")[2].split()  # what stands before is the command's name, with anything in it
-    return Stat(parent=int(fields[1]), start=int(fields[19]))
-
-
 def takes_requests(title: str) -> bool:
     """Whether this is the command line of a worker. After a reload an old one only ends what it has."""
     return "worker process" in title and "shutting down" not in title
@@ -52,8 +40,7 @@ def certificate_problem(ca: bytes, key: bytes, certificate: bytes, subject_alt_n
         private_key = serialization.load_pem_private_key(key, None)
     except (TypeError, ValueError) as error:  # TypeError: the key is encrypted
         return f"it cannot be read ({error})"
-    # Debian 12 has none of the names in UTC.
-    end = getattr(leaf, "not_valid_after_utc", None) or leaf.not_valid_after.replace(tzinfo=timezone.utc)
+    _, end = validity(leaf)
     problems = {
         "another CA signed it": not _signed_by(leaf, issuer),
         f"it expires on {end:%Y-%m-%d}": end - RENEW_BEFORE < now,
@@ -75,9 +62,8 @@ def _signed_by(leaf: x509.Certificate, issuer: x509.Certificate) -> bool:
 
 
 def _names(leaf: x509.Certificate) -> set[str]:
-    try:
-        names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
+    names = alternative_names(leaf)
+    if names is None:
         return set()
     addresses = {f"IP:{address}" for address in names.get_values_for_type(x509.IPAddress)}
     return addresses | {f"DNS:{name}" for name in names.get_values_for_type(x509.DNSName)}

@@ -152,6 +152,7 @@ from ansible_collections.llmfleet.serving.plugins.module_utils._host import (
     missing_packages,
     output,
     system,
+    units,
 )
 
 TRUSTED = Path("/etc/ssl/certs/ca-certificates.crt")
@@ -205,9 +206,11 @@ def server_problem(asked: dict[str, Any]) -> str:
 
 
 def timers_off(module: AnsibleModule, timers: list[str]) -> list[str]:
-    show = ("systemctl", "show", "--property", "ActiveState,UnitFileState")
-    states = {timer: set(output(module, *show, timer).splitlines()) for timer in timers}
-    return [timer for timer in timers if states[timer] != {"ActiveState=active", "UnitFileState=enabled"}]
+    return [
+        name
+        for name, timer in units(module, *timers).items()
+        if (timer["ActiveState"], timer["UnitFileState"]) != ("active", "enabled")
+    ]
 
 
 def main() -> None:

@@ -119,7 +119,16 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.llmfleet.serving.plugins.module_utils import _firewall
-from ansible_collections.llmfleet.serving.plugins.module_utils._host import PROC, content, holders, listening, system
+from ansible_collections.llmfleet.serving.plugins.module_utils._host import (
+    PROC,
+    content,
+    holders,
+    listening,
+    run,
+    stat,
+    system,
+    units,
+)
 
 UFW_DEFAULTS = Path("/etc/default/ufw")
 UFW_CONF = Path("/etc/ufw/ufw.conf")
@@ -129,19 +138,8 @@ SSH_SERVERS = {"sshd", "dropbear"}
 
 def output(module: AnsibleModule, *command: str) -> str | None:
     """What the command prints, or None where it fails or is not there."""
-    try:
-        code, out, _ = module.run_command(list(command), handle_exceptions=False, expand_user_and_vars=False)
-    except OSError:
-        return None
-    return None if code else out
-
-
-def units(module: AnsibleModule, *names: str) -> dict[str, dict[str, str]]:
-    """Properties of the units by name."""
-    shown = output(module, "systemctl", "show", "--property", "Id,LoadState,ActiveState,UnitFileState,Listen", *names)
-    found = [dict(re.findall(r"^(\w+)=(.*)$", block, re.MULTILINE)) for block in (shown or "").split("\n\n")]
-    none = {"LoadState": "not-found", "ActiveState": "inactive", "UnitFileState": "", "Listen": ""}
-    return {name: none | next((unit for unit in found if unit.get("Id") == name), {}) for name in names}
+    code, printed = run(module, *command)
+    return None if code else printed
 
 
 def nftables(module: AnsibleModule, unit: dict[str, str]) -> dict[str, bool]:
@@ -220,7 +218,7 @@ def ssh_connection() -> tuple[str, str, int]:
             found = _firewall.ssh_connection((PROC / str(pid) / "environ").read_text(errors="replace"))
             if found:
                 return found
-            pid = int((PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+            pid = stat(PROC / str(pid)).parent
     return "", "", 0
 
 

@@ -163,23 +163,23 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.llmfleet.serving.plugins.module_utils._host import (
     APT_LISTS,
+    PROC,
     Program,
+    content,
     has_package_lists,
     missing_packages,
     output,
     processes,
+    stat,
     system,
     taken_ports,
 )
 from ansible_collections.llmfleet.serving.plugins.module_utils._nginx import (
-    Stat,
     certificate_problem,
     drained,
-    parse_stat,
     takes_requests,
 )
 
-PROC = Path("/proc")
 PID_FILE = Path("/run/nginx.pid")
 SYSTEMCTL = ("systemctl", "show", "nginx.service", "--property", "NeedDaemonReload")
 
@@ -194,10 +194,6 @@ def changed(path: str) -> float:
         return os.lstat(path).st_ctime
     except OSError:
         return 0.0
-
-
-def stat(process: Path) -> Stat:
-    return parse_stat((process / "stat").read_text(errors="replace"))
 
 
 def started(process: Path) -> float:
@@ -237,13 +233,6 @@ def unconfined(dropin: str | None, nginx: Path | None) -> bool:
     return False
 
 
-def text(path: str | None) -> str:
-    try:
-        return Path(path).read_text() if path else ""
-    except OSError:
-        return ""
-
-
 def certificate_to_do(own_ca: dict[str, Any] | None) -> str:
     if own_ca is None:
         return ""
@@ -279,7 +268,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     asked, nginx = module.params, master()
-    site = text(asked["site"])
+    site = (content(Path(asked["site"])) if asked["site"] else None) or ""
     module.exit_json(
         changed=False,
         system=system(),

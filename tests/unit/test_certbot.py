@@ -246,6 +246,17 @@ def test_present_certificate_will_do_and_nobody_is_asked(look: Callable[..., dic
     assert look(names=[NAMES[1], NAMES[0].upper()])["certificate_to_do"] == ""
 
 
+def test_timers_that_do_not_run_or_will_not_after_a_boot(look: Callable[..., dict[str, Any]], systemd: Any) -> None:
+    shown = {"on": ("active", "enabled"), "stopped": ("inactive", "enabled"), "disabled": ("active", "disabled")}
+    blocks = [
+        f"Id={name}.timer\nActiveState={active}\nUnitFileState={enabled}\n" for name, (active, enabled) in shown.items()
+    ]
+    (systemd.folder / "shown").write_text("\n".join(blocks))
+    (systemd.bin / "systemctl").write_text(f"#!/bin/sh\ncat {systemd.folder}/shown\n")
+    timers = ["missing.timer", *(f"{name}.timer" for name in shown)]
+    assert look(timers=timers)["timers_off"] == ["missing.timer", "stopped.timer", "disabled.timer"]
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

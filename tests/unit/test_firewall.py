@@ -424,7 +424,7 @@ def look(tmp_path: Path, run_module: Any) -> Callable[..., dict[str, Any]]:
     (proc / "net").mkdir(parents=True)
     (proc / str(os.getpid())).mkdir()
     (proc / f"{os.getpid()}/environ").write_text("")
-    (proc / f"{os.getpid()}/stat").write_text(f"{os.getpid()} (python3 (x)) S 77 0")
+    (proc / f"{os.getpid()}/stat").write_text(f"{os.getpid()} (python3 (x)) S 77 {'0 ' * 40}")
     (proc / "77").mkdir()
     (proc / "77/environ").write_text("A=b\0SSH_CONNECTION=192.0.2.7 50000 10.0.0.1 2222\0")
 

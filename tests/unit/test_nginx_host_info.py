@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.llmfleet.serving.plugins.module_utils import _nginx
+from ansible_collections.llmfleet.serving.plugins.module_utils import _host, _nginx
 from ansible_collections.llmfleet.serving.plugins.modules import nginx_host_info
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -316,9 +316,10 @@ def test_started_agrees_with_the_kernel() -> None:
         os.waitpid(pid, 0)
 
 
-def test_stat_of_a_process_with_any_name() -> None:
+def test_stat_of_a_process_with_any_name(tmp_path: Path) -> None:
     fields = " ".join(["S", "7", *["0"] * 17, "4242", "0"])
-    assert _nginx.parse_stat(f"12 (a) S 1 (b) {fields}\n") == _nginx.Stat(parent=7, start=4242)
+    (tmp_path / "stat").write_text(f"12 (a) S 1 (b) {fields}\n")
+    assert _host.stat(tmp_path) == _host.Stat(parent=7, start=4242)
 
 
 # --- the own CA ---------------------------------------------------------------------------------------------

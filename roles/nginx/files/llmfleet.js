@@ -104,9 +104,10 @@ async function models(r) {
         return;
     }
     const known = routes(r);
-    const served = Object.keys(known).filter((model) => known[model]);
-    const replies = await Promise.all(served.map(
-        (model) => r.subrequest(`/.llmfleet/${known[model]}/v1/models`, {method: 'GET'})));
+    const upstreams = Object.keys(known).map((model) => known[model]);
+    const asked = upstreams.filter((number, at) => number && upstreams.indexOf(number) === at);
+    const replies = await Promise.all(asked.map(
+        (number) => r.subrequest(`/.llmfleet/${number}/v1/models`, {method: 'GET'})));
     let data = [];
     let answered = false;
     replies.forEach((reply) => {
@@ -121,7 +122,7 @@ async function models(r) {
         }
     });
     if (!answered) {
-        r.return(served.length ? 502 : 503);
+        r.return(asked.length ? 502 : 503);
         return;
     }
     r.headersOut['Content-Type'] = 'application/json';

@@ -17,6 +17,7 @@ from ansible.errors import AnsibleFilterError
 from ansible_collections.llmfleet.serving.plugins.module_utils import _firewall, _models, _plans
 from ansible_collections.llmfleet.serving.plugins.module_utils._planner import report
 
+OF_NO_ROLE = {"serving_backends", "serving_plan_page", "serving_secrets_dir", "vllm_instances", "vllm_plans"}
 SHARED = ("nginx_", "certbot_", "firewall_")  # prefixes that other people's variables have, too
 
 
@@ -57,8 +58,8 @@ def declared_options() -> dict[str, dict[str, Any]]:
 
 
 def known_variables() -> set[str]:
-    """Every variable that a role declares, and the few that belong to no role or that roles set."""
-    return {*declared_options(), "serving_plan_page", "serving_secrets_dir", "vllm_instances", "vllm_plans"}
+    """Every variable that a role declares, and those that belong to none or that playbooks and roles set."""
+    return {*declared_options(), *OF_NO_ROLE}
 
 
 def unknown_variables(names: Iterable[str]) -> list[str]:

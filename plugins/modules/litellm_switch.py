@@ -54,7 +54,7 @@ options:
   timeout:
     description: Seconds that the instance has to get ready.
     type: int
-    default: 180
+    default: 300
 """
 
 EXAMPLES = r"""
@@ -196,7 +196,7 @@ def main() -> None:
             "models": {"type": "list", "elements": "str", "default": []},
             "embedding_models": {"type": "list", "elements": "str", "default": []},
             "master_key": {"type": "str", "required": True, "no_log": True},
-            "timeout": {"type": "int", "default": 180},
+            "timeout": {"type": "int", "default": 300},
         },
         supports_check_mode=True,
     )

@@ -17,7 +17,10 @@ from ansible.errors import AnsibleFilterError
 from ansible_collections.llmfleet.serving.plugins.module_utils import _firewall, _models, _plans
 from ansible_collections.llmfleet.serving.plugins.module_utils._planner import report
 
-OF_NO_ROLE = {"serving_backends", "serving_plan_page", "serving_secrets_dir", "vllm_instances", "vllm_plans"}
+OF_NO_ROLE = {
+    *("serving_backends", "serving_plan_page", "serving_secrets_dir", "vllm_instances", "vllm_plans"),
+    *("serving_tenants", "serving_tenants_overlap", "serving_tenants_prune"),
+}
 SHARED = ("nginx_", "certbot_", "firewall_")  # prefixes that other people's variables have, too
 
 

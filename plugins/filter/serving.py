@@ -49,6 +49,7 @@ def disk_needs(
 def known_variables() -> set[str]:
     """Every variable that a role's argument_specs declares, and the few that belong to no role or that roles set."""
     known = {"serving_plan_page", "serving_secrets_dir", "vllm_instances", "vllm_plans"}
+    known |= {"serving_restore_file", "serving_restore_replace"}
     for path in (Path(__file__).parents[2] / "roles").glob("*/meta/argument_specs.yml"):
         for entry in yaml.safe_load(path.read_text(encoding="utf-8"))["argument_specs"].values():
             known.update(entry.get("options", {}))

@@ -29,6 +29,9 @@ options:
     description: Number of characters of a new secret. They are letters and digits, 5.95 bits each.
     type: int
     default: 43
+  value:
+    description: What a secret is that does not exist yet, as one that has been backed up. It is generated unless this is given.
+    type: str
 """
 
 EXAMPLES = r"""
@@ -86,7 +89,9 @@ class LookupModule(LookupBase):
             raise AnsibleLookupError(f"llmfleet.serving.secret: {name!r} is no name of a secret: use A-Z a-z 0-9 _ -")
         path = folder / name
         if not path.exists():
-            value = "".join(secrets.choice(ALPHABET) for _ in range(self.get_option("length")))
+            value = self.get_option("value") or "".join(
+                secrets.choice(ALPHABET) for _ in range(self.get_option("length"))
+            )
             if check_mode:
                 return value
             self._create(path, value)

@@ -17,7 +17,7 @@ GIB = 1024**3
 CLUSTER = "main"
 PORT = 5432  # what the socket is called by, also where nothing listens
 ITERATIONS = 4096  # PostgreSQL's own number
-NAME = re.compile(r"[a-z_][a-z0-9_]{0,62}")
+NAME = re.compile(r"[a-z_][a-z0-9_]{0,39}")  # names of 63, less what a restore appends
 PASSWORD = re.compile(r"[!-~]{16,256}")  # what SASLprep leaves alone
 TAKEN = ("postgres", "template0", "template1", "public", "none")
 VERIFIER = re.compile(r"SCRAM-SHA-256\$(\d+):([^$]+)\$([^:]+):(.+)")
@@ -59,7 +59,7 @@ def _problems(settings: Mapping[str, Any]) -> Iterable[str]:
     for variable in ("postgresql_database", "postgresql_user"):
         value = settings[variable]
         if not NAME.fullmatch(value):
-            yield f"{variable} is {value!r}: use up to 63 of a-z 0-9 _, with a letter or _ at the beginning."
+            yield f"{variable} is {value!r}: use up to 40 of a-z 0-9 _, with a letter or _ at the beginning."
         elif value in TAKEN or value.startswith("pg_"):
             yield f"{variable} is {value!r}, a name that PostgreSQL has for itself: use another, as litellm."
     if not PASSWORD.fullmatch(settings["postgresql_password"]):

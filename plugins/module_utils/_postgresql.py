@@ -137,10 +137,12 @@ def _cluster_problems(host: Mapping[str, Any]) -> Iterable[str]:
             f"({host['server_error']}): its pg_hba.conf needs the distribution's line `local all postgres peer`."
         )
     if cluster and not cluster["online"] and not host["tuned"]:
+        start = f"systemctl start postgresql@{host['version']}-{CLUSTER}"
+        if "binaries_missing" in cluster["status"]:
+            start = f"apt-get install postgresql-{host['version']}, and {start}"
         yield (
-            f"The PostgreSQL cluster {ours} is {cluster['status']}, and it is not this role's: start it "
-            f"(systemctl start postgresql@{host['version']}-{CLUSTER}), or drop it "
-            f"(pg_dropcluster {host['version']} {CLUSTER}) if nobody needs it."
+            f"The PostgreSQL cluster {ours} is {cluster['status']}, and whose it is cannot be seen: start it ({start}), "
+            f"or drop it (pg_dropcluster {host['version']} {CLUSTER}) if nobody needs it."
         )
 
 

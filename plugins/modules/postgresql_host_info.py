@@ -263,7 +263,7 @@ def main() -> None:
         cluster={**asdict(cluster), "online": cluster.online} if cluster else {},
         other_clusters=[{**asdict(each), "label": each.label} for each in found if each != cluster],
         tuned=tuned,
-        ours=tuned or not (said and said["others"]),
+        ours=tuned or not cluster or bool(said and not said["others"]),
         server=said,
         server_error=error,
         reload_pending=bool(said) and any(changed(path) > loaded for path in files),

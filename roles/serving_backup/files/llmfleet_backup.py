@@ -120,13 +120,13 @@ def _refusals(
         )
 
 
-def explain(file: Path, said: str) -> str:
+def explain(said: str) -> str:
     """Why age did not open the backup."""
     if "no identity matched" in said:
-        return f"{file.name} is encrypted for another key than the one given (backup_key in the secrets folder)."
+        return "It is encrypted for another key than backup_key in the secrets folder: put the one there that it was made with."
     if re.search(r"unknown identity type|malformed secret key|failed to (read|parse)", said):
-        return "The key given (backup_key in the secrets folder) is none that age can use: restore it from your copy."
-    return f"{file.name} is damaged or not whole ({said or 'age ended early'}): take another backup."
+        return "backup_key in the secrets folder is no key that age can use: take your copy of it."
+    return f"It is damaged or not whole ({said or 'age ended early'}): take another backup (serving_restore_file)."
 
 
 # --- programs -----------------------------------------------------------------------------------------------
@@ -245,12 +245,12 @@ def decrypt(file: Path, identity: str, dump: Path) -> tuple[dict[str, Any], dict
             age.stdout.close()
         said = age.stderr.read().decode(errors="replace").splitlines()
     if age.returncode:
-        raise Refused(explain(file, next((line for line in said if "error" in line), "")))
+        raise Refused(explain(next((line for line in said if "error" in line), "")))
     if set(found) != set(PARTS[:2]) or not dump.exists():
-        raise Refused(f"{file.name} is no backup of this collection.")
+        raise Refused("It is no backup of this collection: take another (serving_restore_file).")
     manifest = json.loads(found[PARTS[0]])
     if digest(dump) != manifest["sha256"]:
-        raise Refused(f"{file.name} is damaged: the dump in it is not the one that was made.")
+        raise Refused("It is damaged: the dump in it is not the one that was made. Take another (serving_restore_file).")
     return manifest, json.loads(found[PARTS[1]])
 
 
@@ -376,29 +376,38 @@ def restore(config: Config, file: Path, identity: str, replace: bool) -> dict[st
         if why := refusals(manifest, keys, here, replace):
             raise Refused("\n".join(why))
         need_room(Path(here["data"]), manifest["bytes"] + 64 * MIB)
-        say(f"{file.name}: {manifest['made']} of {manifest['host']}, LiteLLM {manifest['litellm']}, {manifest['tables']} tables")
-        units = running()
-        with stopped(units):
-            before = create(config)["file"]
-            drop(config.new)
-            try:
-                fill(config, dump)
-                for number in SIGNALS:  # what follows takes a second, and is not to be left in the middle
-                    signal.signal(number, signal.SIG_IGN)
-                drop(config.old)
-                swap(config, config.new, config.old)
-            finally:
-                drop(config.new)
-            try:
-                systemctl("start", units)
-            except Refused as error:
-                systemctl("stop", units)
-                swap(config, config.old, config.new)
-                drop(config.new)
-                raise Refused(f"LiteLLM does not start with the restored database, and has its former one: {error}") from None
-    drop(config.old)
+        say(f"Backup of {manifest['made']} on {manifest['host']}, LiteLLM {manifest['litellm']}, {manifest['tables']} tables")
+        before = replace_database(config, dump, running())
     say(f"Restored {manifest['tables']} tables in {time.monotonic() - began:.1f} s.")
     return {"before": before, **{key: manifest[key] for key in ("made", "litellm", "tables")}}
+
+
+def replace_database(config: Config, dump: Path, units: Sequence[str]) -> str:
+    """The backup that was made before. What has been stopped for it runs again, whatever happens."""
+    systemctl("stop", units)
+    try:
+        before = create(config)["file"]
+        for name in (config.new, config.old):  # of a restore that was killed
+            drop(name)
+        try:
+            fill(config, dump)
+            for number in SIGNALS:  # what follows takes a second, and is not to be left in the middle
+                signal.signal(number, signal.SIG_IGN)
+            swap(config, config.new, config.old)
+        finally:
+            drop(config.new)
+        try:
+            systemctl("start", units)
+        except Refused as error:
+            systemctl("stop", units)
+            swap(config, config.old, config.new)
+            drop(config.new)
+            raise Refused(f"LiteLLM does not start with the restored database, and gets its former one: {error}") from None
+    except BaseException:
+        systemctl("start", units)
+        raise
+    drop(config.old)
+    return str(before)
 
 
 def systemctl(verb: str, units: Sequence[str]) -> None:
@@ -411,16 +420,6 @@ def running() -> list[str]:
     states = "--state=active,activating,reloading"
     command = ["systemctl", "list-units", "--plain", "--no-legend", states, "litellm@*.service"]
     return [line.split()[0] for line in run(command, what="systemctl").splitlines()]
-
-
-@contextlib.contextmanager
-def stopped(units: Sequence[str]) -> Iterator[None]:
-    """What ran before runs again, whatever happens."""
-    systemctl("stop", units)
-    try:
-        yield
-    finally:
-        systemctl("start", units)
 
 
 def drop(name: str) -> None:

@@ -30,7 +30,8 @@ options:
     type: int
     default: 43
   value:
-    description: What a secret is that does not exist yet, as one that has been backed up. It is generated unless this is given.
+    description:
+      - What a secret is to be that does not exist yet, as one from a backup. Without this it is generated.
     type: str
 """
 

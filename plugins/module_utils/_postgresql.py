@@ -141,7 +141,7 @@ def _cluster_problems(host: Mapping[str, Any]) -> Iterable[str]:
         if "binaries_missing" in cluster["status"]:
             start = f"apt-get install postgresql-{host['version']}, and {start}"
         yield (
-            f"The PostgreSQL cluster {ours} is {cluster['status']}, and whose it is cannot be seen: start it ({start}), "
+            f"The PostgreSQL cluster {ours} is {cluster['status']}, and might be anybody's: start it ({start}) "
             f"or drop it (pg_dropcluster {host['version']} {CLUSTER}) if nobody needs it."
         )
 
@@ -176,7 +176,7 @@ def _server_problems(host: Mapping[str, Any], settings: Mapping[str, Any]) -> It
     if wanted != there:
         yield (
             f"The PostgreSQL cluster {host['version']}/{CLUSTER} has other databases ({others}) and listens at "
-            f"{there or 'its socket only'!r}, which the role leaves alone: set postgresql_listen_addresses to {there!r}."
+            f"{there!r}, which the role leaves alone: set postgresql_listen_addresses to {there!r}."
         )
     needed, most = settings["postgresql_max_connections"], int(server["settings"]["max_connections"])
     if needed > most:
@@ -190,8 +190,8 @@ def _space_problems(host: Mapping[str, Any], settings: Mapping[str, Any]) -> Ite
     needed = settings["disk_bytes"] if not host["cluster"] else settings["disk_bytes"] // 4
     if host["free_bytes"] < needed:
         yield (
-            f"/var/lib/postgresql has {host['free_bytes'] // MIB} MiB free, and PostgreSQL needs {needed // MIB} MiB: "
-            "make room on the host's disk."
+            f"/var/lib/postgresql has {host['free_bytes'] // MIB} MiB free, and PostgreSQL needs "
+            f"{needed // MIB} MiB: make room on the host's disk."
         )
     memory = settings["postgresql_memory"]
     if host["memory_bytes"] and memory > host["memory_bytes"] // 2:

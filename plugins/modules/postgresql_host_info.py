@@ -110,7 +110,7 @@ tuned:
   returned: always
   type: bool
 ours:
-  description: Whether the cluster is the role's to tune, because it did before, or because nobody else has a database in it.
+  description: Whether the cluster is the role's to tune, because it did before, or nobody else has a database in it.
   returned: always
   type: bool
 server:
@@ -242,7 +242,9 @@ def main() -> None:
     asked = module.params
     here = system()
     version = str(asked["versions"].get(here, ""))
-    packages, directories = ([each.replace("%v", version) for each in asked[key]] for key in ("packages", "directories"))
+    packages, directories = (
+        [each.replace("%v", version) for each in asked[key]] for key in ("packages", "directories")
+    )
     config, dropin = (asked[key].replace("%v", version) for key in ("config", "dropin"))
     found = clusters(module)
     cluster = next((each for each in found if (each.version, each.name) == (version, CLUSTER)), None)

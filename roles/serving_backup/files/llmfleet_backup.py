@@ -7,8 +7,8 @@
     llmfleet-backup check FILE [--replace]    what is in it, keys included, and why it cannot be restored here
     llmfleet-backup restore FILE [--replace]  into a database beside the present one, then swaps the two
 
-A backup is a tar archive of manifest.json, keys.json and database.dump (pg_dump's custom format), encrypted by age for the
-recipients in backup.json. The key that opens it is not on this host: `check` and `restore` read it from stdin.
+A backup is a tar archive of manifest.json, keys.json and database.dump (pg_dump's custom format), encrypted by age for
+the recipients in backup.json. The key that opens it is not on this host: `check` and `restore` read it from stdin.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 TABLES = "SELECT count(*) FROM pg_class WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace"
 
 
-class Refused(Exception):
+class RefusalError(Exception):
     """Nothing has changed; the text says why and what to do."""
 
 
@@ -79,7 +79,7 @@ def parse_env(text: str) -> dict[str, str]:
 
 
 def version(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", text.split("+")[0])[:3])
+    return tuple(int(number) for number in re.findall(r"\d+", text.split("+", maxsplit=1)[0])[:3])
 
 
 def surplus(names: Sequence[str], keep: int) -> list[str]:
@@ -123,7 +123,7 @@ def _refusals(
 def explain(said: str) -> str:
     """Why age did not open the backup."""
     if "no identity matched" in said:
-        return "It is encrypted for another key than backup_key in the secrets folder: put the one there that it was made with."
+        return "It is encrypted for another key than backup_key in the secrets folder: put the one there that fits it."
     if re.search(r"unknown identity type|malformed secret key|failed to (read|parse)", said):
         return "backup_key in the secrets folder is no key that age can use: take your copy of it."
     return f"It is damaged or not whole ({said or 'age ended early'}): take another backup (serving_restore_file)."
@@ -142,9 +142,11 @@ def size(count: float) -> str:
 
 def run(command: Sequence[str], *, what: str, **options: Any) -> str:
     """What the program prints. Its own words are in the message when it fails."""
-    done = subprocess.run(command, check=False, text=True, stderr=subprocess.PIPE, **{"stdout": subprocess.PIPE} | options)
+    done = subprocess.run(
+        command, check=False, text=True, stderr=subprocess.PIPE, **{"stdout": subprocess.PIPE} | options
+    )
     if done.returncode:
-        raise Refused(f"{what}: {' '.join(done.stderr.split()) or f'exit status {done.returncode}'}")
+        raise RefusalError(f"{what}: {' '.join(done.stderr.split()) or f'exit status {done.returncode}'}")
     return done.stdout or ""
 
 
@@ -173,10 +175,11 @@ def installed(instance: Path) -> str:
 
 def look(config: Config) -> dict[str, Any]:
     """What this host has: versions, keys, tables."""
-    there = psql("postgres", f"SHOW server_version; SHOW data_directory; SELECT 1 FROM pg_database WHERE datname = '{config.database}'")
+    exists = f"SELECT 1 FROM pg_database WHERE datname = '{config.database}'"  # noqa: S608 - the role has checked the name
+    there = psql("postgres", f"SHOW server_version; SHOW data_directory; {exists}")
     lines = there.splitlines()
     if len(lines) < 3:
-        raise Refused(f"This host has no database {config.database}: have the role postgresql make it first.")
+        raise RefusalError(f"This host has no database {config.database}: have the role postgresql make it first.")
     instance = next(iter(instances()), None)
     env = parse_env((instance / "env").read_text()) if instance else {}
     return {
@@ -214,10 +217,10 @@ def encrypt(manifest: bytes, keys: bytes, dump: Path, recipients: Sequence[str],
                 add(archive, PARTS[2], data, dump.stat().st_size)
         except OSError as error:
             said = age.communicate()[1].decode(errors="replace").strip()
-            raise Refused(f"The backup could not be encrypted ({said or error}).") from None
+            raise RefusalError(f"The backup could not be encrypted ({said or error}).") from None
         said = age.communicate()[1].decode(errors="replace").strip()
     if age.returncode:
-        raise Refused(f"The backup could not be encrypted ({said}).")
+        raise RefusalError(f"The backup could not be encrypted ({said}).")
 
 
 def decrypt(file: Path, identity: str, dump: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -245,12 +248,14 @@ def decrypt(file: Path, identity: str, dump: Path) -> tuple[dict[str, Any], dict
             age.stdout.close()
         said = age.stderr.read().decode(errors="replace").splitlines()
     if age.returncode:
-        raise Refused(explain(next((line for line in said if "error" in line), "")))
+        raise RefusalError(explain(next((line for line in said if "error" in line), "")))
     if set(found) != set(PARTS[:2]) or not dump.exists():
-        raise Refused("It is no backup of this collection: take another (serving_restore_file).")
+        raise RefusalError("It is no backup of this collection: take another (serving_restore_file).")
     manifest = json.loads(found[PARTS[0]])
     if digest(dump) != manifest["sha256"]:
-        raise Refused("It is damaged: the dump in it is not the one that was made. Take another (serving_restore_file).")
+        raise RefusalError(
+            "It is damaged: the dump in it is not the one that was made. Take another (serving_restore_file)."
+        )
     return manifest, json.loads(found[PARTS[1]])
 
 
@@ -276,7 +281,7 @@ def work_folder(config: Config) -> Iterator[Path]:
 def need_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise Refused(f"{folder} has {size(free)} free, and {size(needed)} may be needed: make room there.")
+        raise RefusalError(f"{folder} has {size(free)} free, and {size(needed)} may be needed: make room there.")
 
 
 # --- create -------------------------------------------------------------------------------------------------
@@ -288,7 +293,7 @@ def create(config: Config) -> dict[str, Any]:
         say(f"The database {config.database} has no tables yet: there is nothing to back up.")
         return {"file": "", "tables": 0}
     if set(here["keys"]) != set(KEYS):
-        raise Refused(
+        raise RefusalError(
             f"{LITELLM}/*/env names no {' and no '.join(KEYS[name] for name in KEYS if name not in here['keys'])}: "
             "without it the database is worth nothing. Have the role litellm set LiteLLM up first."
         )
@@ -301,7 +306,13 @@ def _create(config: Config, here: Mapping[str, Any], work: Path) -> dict[str, An
     began = time.monotonic()
     dump, partial = work / "database.dump", work / "backup.age"
     with dump.open("wb") as target:
-        command = ["pg_dump", "--format=custom", "--no-password", "--lock-wait-timeout=60s", f"--dbname={config.database}"]
+        command = [
+            "pg_dump",
+            "--format=custom",
+            "--no-password",
+            "--lock-wait-timeout=60s",
+            f"--dbname={config.database}",
+        ]
         as_postgres(command, what="pg_dump", stdout=target)
     say(f"Dumped {config.database}: {size(here['bytes'])} in the server, {size(dump.stat().st_size)} as a dump.")
     tables = tables_in(dump)
@@ -324,7 +335,7 @@ def _create(config: Config, here: Mapping[str, Any], work: Path) -> dict[str, An
     again = work / "again.dump"
     dump.unlink()
     if decrypt(partial, once, again) != (manifest, here["keys"]):
-        raise Refused("What has been written is not what was to be written: is the disk sound?")
+        raise RefusalError("What has been written is not what was to be written: is the disk sound?")
     file = publish(config, partial)
     dropped = surplus(os.listdir(config.folder), config.keep)
     for name in dropped:
@@ -374,9 +385,12 @@ def restore(config: Config, file: Path, identity: str, replace: bool) -> dict[st
         manifest, keys = decrypt(file, identity, dump)
         here = look(config)
         if why := refusals(manifest, keys, here, replace):
-            raise Refused("\n".join(why))
+            raise RefusalError("\n".join(why))
         need_room(Path(here["data"]), manifest["bytes"] + 64 * MIB)
-        say(f"Backup of {manifest['made']} on {manifest['host']}, LiteLLM {manifest['litellm']}, {manifest['tables']} tables")
+        say(
+            f"Backup of {manifest['made']} on {manifest['host']}: LiteLLM {manifest['litellm']}, "
+            f"{manifest['tables']} tables"
+        )
         before = replace_database(config, dump, running())
     say(f"Restored {manifest['tables']} tables in {time.monotonic() - began:.1f} s.")
     return {"before": before, **{key: manifest[key] for key in ("made", "litellm", "tables")}}
@@ -398,11 +412,13 @@ def replace_database(config: Config, dump: Path, units: Sequence[str]) -> str:
             drop(config.new)
         try:
             systemctl("start", units)
-        except Refused as error:
+        except RefusalError as error:
             systemctl("stop", units)
             swap(config, config.old, config.new)
             drop(config.new)
-            raise Refused(f"LiteLLM does not start with the restored database, and gets its former one: {error}") from None
+            raise RefusalError(
+                f"LiteLLM does not start with the restored database, and gets its former one: {error}"
+            ) from None
     except BaseException:
         systemctl("start", units)
         raise
@@ -434,7 +450,14 @@ def fill(config: Config, dump: Path) -> None:
         "ENCODING 'UTF8' LC_COLLATE 'C' LC_CTYPE 'C.UTF-8';\n"
         f'REVOKE ALL ON DATABASE "{config.new}" FROM PUBLIC',
     )
-    command = ["pg_restore", "--exit-on-error", "--no-owner", "--no-privileges", f"--role={config.owner}", "--no-password"]
+    command = [
+        "pg_restore",
+        "--exit-on-error",
+        "--no-owner",
+        "--no-privileges",
+        f"--role={config.owner}",
+        "--no-password",
+    ]
     with dump.open("rb") as data:
         as_postgres([*command, f"--dbname={config.new}"], what="pg_restore", stdin=data)
     psql(config.new, "ANALYZE")
@@ -442,10 +465,10 @@ def fill(config: Config, dump: Path) -> None:
 
 def swap(config: Config, taken: str, aside: str) -> None:
     """Both names change at once, or neither does."""
+    both = f"datname IN ('{config.database}', '{taken}')"
     psql(
         "postgres",
-        f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname IN ('{config.database}', '{taken}');\n"
-        "SELECT pg_sleep(0.5);\nBEGIN;\n"
+        f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE {both};\nBEGIN;\n"  # noqa: S608 - as above
         f'ALTER DATABASE "{config.database}" RENAME TO "{aside}";\n'
         f'ALTER DATABASE "{taken}" RENAME TO "{config.database}";\nCOMMIT',
     )
@@ -455,7 +478,7 @@ def swap(config: Config, taken: str, aside: str) -> None:
 
 
 def interrupted(number: int, _frame: object) -> NoReturn:
-    raise Refused(f"Interrupted by {signal.Signals(number).name}: what was there before is still there.")
+    raise RefusalError(f"Interrupted by {signal.Signals(number).name}: what was there before is still there.")
 
 
 @contextlib.contextmanager
@@ -464,7 +487,9 @@ def alone() -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise Refused("Another backup or restore is at work on this host: wait for it, and try again.") from None
+            raise RefusalError(
+                "Another backup or restore is at work on this host: wait for it, and try again."
+            ) from None
         yield
 
 
@@ -498,7 +523,7 @@ def main() -> int:
             else:
                 action = {"check": check, "restore": restore}[asked.command]
                 result = action(config, asked.file, sys.stdin.read(), asked.replace)
-    except (Refused, OSError, ValueError) as error:
+    except (RefusalError, OSError, ValueError) as error:
         say(str(error))
         return 1
     print(json.dumps(result))

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import difflib
+import secrets
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import jinja2
 import yaml
 from ansible.errors import AnsibleFilterError
-from ansible_collections.llmfleet.serving.plugins.module_utils import _firewall, _models, _plans
+from ansible_collections.llmfleet.serving.plugins.module_utils import _firewall, _models, _plans, _postgresql
 from ansible_collections.llmfleet.serving.plugins.module_utils._planner import report
 
 SHARED = ("nginx_", "certbot_", "firewall_")  # prefixes that other people's variables have, too
@@ -106,6 +107,10 @@ def plan_page(hosts: Mapping[str, Mapping[str, Any]]) -> str:
     return environment.get_template("plan.html.j2").render(report.page(hosts)) + "\n"
 
 
+def scram_verifier(password: str) -> str:
+    return _postgresql.scram_verifier(str(password), secrets.token_bytes(16))
+
+
 class FilterModule:
     def filters(self) -> dict[str, Any]:
         return {
@@ -123,7 +128,11 @@ class FilterModule:
             "plan_refusals": plan_refusals,
             "plan_request": _plans.plan_request,
             "plan_table": plan_table,
+            "postgresql_host_problems": _postgresql.host_problems,
+            "postgresql_problems": _postgresql.problems,
+            "postgresql_tuning": _postgresql.tuning,
             "probes": _models.probes,
+            "scram_verifier": scram_verifier,
             "unknown_variables": unknown_variables,
             "version_findings": _models.version_findings,
             "watched": _models.watched,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +15,12 @@ from typing import Any
 import jinja2
 import yaml
 from ansible.errors import AnsibleFilterError
-from ansible_collections.llmfleet.serving.plugins.module_utils import _firewall, _models, _plans
+from ansible_collections.llmfleet.serving.plugins.module_utils import _firewall, _models, _plans, _postgresql
 from ansible_collections.llmfleet.serving.plugins.module_utils._planner import report
 
 OF_NO_ROLE = {
     *("serving_backends", "serving_plan_page", "serving_secrets_dir", "vllm_instances", "vllm_plans"),
+    *("serving_restore_file", "serving_restore_replace"),
     *("serving_tenants", "serving_tenants_overlap", "serving_tenants_prune"),
 }
 SHARED = ("nginx_", "certbot_", "firewall_")  # prefixes that other people's variables have, too
@@ -146,6 +148,10 @@ def plan_page(hosts: Mapping[str, Mapping[str, Any]]) -> str:
     return environment.get_template("plan.html.j2").render(report.page(hosts)) + "\n"
 
 
+def scram_verifier(password: str) -> str:
+    return _postgresql.scram_verifier(str(password), secrets.token_bytes(16))
+
+
 class FilterModule:
     def filters(self) -> dict[str, Any]:
         return {
@@ -164,7 +170,11 @@ class FilterModule:
             "plan_refusals": plan_refusals,
             "plan_request": _plans.plan_request,
             "plan_table": plan_table,
+            "postgresql_host_problems": _postgresql.host_problems,
+            "postgresql_problems": _postgresql.problems,
+            "postgresql_tuning": _postgresql.tuning,
             "probes": _models.probes,
+            "scram_verifier": scram_verifier,
             "unknown_variables": unknown_variables,
             "version_findings": _models.version_findings,
             "watched": _models.watched,

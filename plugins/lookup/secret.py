@@ -33,6 +33,10 @@ options:
     description: What a new secret begins with, before its O(length) characters.
     type: str
     default: ""
+  value:
+    description:
+      - What a secret is to be that does not exist yet, as one from a backup. Without this it is generated.
+    type: str
 """
 
 EXAMPLES = r"""
@@ -91,7 +95,7 @@ class LookupModule(LookupBase):
         path = folder / name
         if not path.exists():
             random = "".join(secrets.choice(ALPHABET) for _ in range(self.get_option("length")))
-            value = self.get_option("prefix") + random
+            value = self.get_option("value") or self.get_option("prefix") + random
             if check_mode:
                 return value
             self._create(path, value)

@@ -27,7 +27,9 @@ PLAYBOOKS = sorted((ROOT / "playbooks").glob("*.yml"))
 SECRETS = {
     *("vllm_api_key", "vllm_hf_token", "nginx_keys", "nginx_backend_key"),
     *("certbot_dns_credentials", "certbot_eab_hmac_key"),
+    *("postgresql_password", "__serving_backup_salt_key", "__serving_backup_master_key"),
 }
+WITHOUT_JAMMY = {"nginx", "certbot", "postgresql", "serving_backup"}  # its nginx has no njs: no gateway runs it
 SYSTEMS = {("Debian", "bookworm"), ("Debian", "trixie"), ("Ubuntu", "jammy"), ("Ubuntu", "noble")}
 # What the collection's archive holds. The rest of the checkout is for those who work on it.
 KEPT = {
@@ -142,7 +144,7 @@ def test_roles_say_the_same_ansible_and_systems(role: Path) -> None:
     assert Version(info["min_ansible_version"]) == lowest_ansible()
     assert info["license"] == "GPL-3.0-or-later"
     systems = {(platform["name"], version) for platform in info["platforms"] for version in platform["versions"]}
-    without = {("Ubuntu", "jammy")} if role.name in ("nginx", "certbot") else set()  # its nginx has no njs
+    without = {("Ubuntu", "jammy")} if role.name in WITHOUT_JAMMY else set()
     assert systems == SYSTEMS - without
     assert load(role / "meta/main.yml")["dependencies"] == []
 

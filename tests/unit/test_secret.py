@@ -120,6 +120,13 @@ def plugin() -> secret.LookupModule:
     return plugin
 
 
+def test_given_value_is_written_once_and_replaces_nothing(plugin: secret.LookupModule, tmp_path: Path) -> None:
+    for value in ("from-a-backup", "another"):
+        plugin.get_option = {"length": 43, "value": value}.get
+        assert plugin._secret(tmp_path, "key", False) == "from-a-backup"
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
+
+
 # One process: waits for the others, then asks for the same twenty secrets as they do.
 RACER = """
 import sys
@@ -128,7 +135,7 @@ sys.path.insert(0, sys.argv[1])
 from ansible.parsing.dataloader import DataLoader
 from ansible_collections.llmfleet.serving.plugins.lookup.secret import LookupModule
 plugin = LookupModule(loader=DataLoader())
-plugin.get_option = lambda _name: 43
+plugin.get_option = {"length": 43}.get
 print(flush=True)
 sys.stdin.read()
 print(*(plugin._secret(Path(sys.argv[2]), f"key{number}", False) for number in range(20)))

@@ -1,0 +1,208 @@
+# Copyright: llmfleet developers
+# GNU General Public License v3.0+ (see LICENSE)
+"""Which variables and hosts the role postgresql takes, what it tunes, and how it compares passwords."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import importlib
+from typing import Any
+
+import pytest
+
+PLUGINS = "ansible_collections.llmfleet.serving.plugins"
+postgresql = importlib.import_module(f"{PLUGINS}.module_utils._postgresql")
+filters = importlib.import_module(f"{PLUGINS}.filter.serving").FilterModule().filters()
+
+MIB = 1024**2
+SECRET = "correct-horse-battery-staple"
+SETTINGS: dict[str, Any] = {
+    "systems": ["debian 12", "debian 13"],
+    "disk_bytes": 2048 * MIB,
+    "postgresql_database": "litellm",
+    "postgresql_user": "litellm",
+    "postgresql_password": SECRET,
+    "postgresql_listen_addresses": "",
+    "postgresql_memory": 0,
+    "postgresql_max_connections": 100,
+}
+CLUSTER = {"version": "15", "name": "main", "port": 5432, "status": "online", "data": "/var/lib/postgresql/15/main"}
+SERVER: dict[str, Any] = {
+    "settings": {"listen_addresses": "localhost", "max_connections": "100"},
+    "file_errors": [],
+    "hba_errors": [],
+    "others": [],
+    "database": None,
+    "role": None,
+}
+BARE: dict[str, Any] = {
+    "system": "debian 12",
+    "version": "15",
+    "cluster": {},
+    "other_clusters": [],
+    "server": {},
+    "server_error": "",
+    "tuned": False,
+    "ours": True,
+    "free_bytes": 8192 * MIB,
+    "memory_bytes": 8192 * MIB,
+}
+RUNNING = {**BARE, "cluster": {**CLUSTER, "online": True}, "server": SERVER}
+SHARED = {**RUNNING, "ours": False, "server": {**SERVER, "others": ["wiki"]}}
+
+
+# --- the password -------------------------------------------------------------------------------------------
+
+
+def test_verifier_is_that_of_the_standard() -> None:
+    """The example of RFC 7677, with the signature that its server sends."""
+    verifier = postgresql.scram_verifier("pencil", base64.b64decode("W22ZaJ0SNY7soEsUEjb6gQ=="))
+    server_key = base64.b64decode(verifier.rpartition(":")[2])
+    messages = (
+        b"n=user,r=rOprNGfwEbeRWgbNEkqO,"
+        b"r=rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0,s=W22ZaJ0SNY7soEsUEjb6gQ==,i=4096,"
+        b"c=biws,r=rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0"
+    )
+    signature = hmac.digest(server_key, messages, hashlib.sha256)
+    assert base64.b64encode(signature) == b"6rriTRBi23WpRR/wtup+mMhUZUn/dB5nLTJRsjl95G4="
+
+
+def test_password_is_compared_with_what_the_server_stores() -> None:
+    verifier = filters["scram_verifier"](SECRET)
+    assert verifier != filters["scram_verifier"](SECRET)
+    assert postgresql.scram_fits(SECRET, verifier)
+    assert not postgresql.scram_fits("another", verifier)
+    for other in (None, "", "md5c5ac7ee9d0a1cdbee7d6d3b1f5a5d0f5", "SCRAM-SHA-256$4096:???$a:b", f"{verifier}x"):
+        assert not postgresql.scram_fits(SECRET, other)
+
+
+# --- the variables ------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_fine() -> None:
+    assert postgresql.problems(SETTINGS) == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("postgresql_database", ""),
+        ("postgresql_database", 'litellm"; DROP DATABASE x; --'),
+        ("postgresql_database", "LiteLLM"),
+        ("postgresql_database", "litellm\n"),
+        ("postgresql_database", "a" * 41),
+        ("postgresql_database", "template1"),
+        ("postgresql_user", "postgres"),
+        ("postgresql_user", "pg_monitor"),
+        ("postgresql_user", "lite llm"),
+        ("postgresql_password", "short"),
+        ("postgresql_password", "has a blank in its middle"),
+        ("postgresql_password", "pässwörter-sind-nicht-ascii"),
+        ("postgresql_password", f"{SECRET}\n"),
+        ("postgresql_listen_addresses", "localhost'; x = '"),
+        ("postgresql_listen_addresses", "localhost\nport = 1"),
+        ("postgresql_memory", -1),
+        ("postgresql_memory", 1024),
+        ("postgresql_max_connections", 5),
+        ("postgresql_max_connections", 100000),
+    ],
+)
+def test_bad_variables_are_named_and_passwords_are_not_shown(variable: str, value: Any) -> None:
+    (problem,) = postgresql.problems({**SETTINGS, variable: value})
+    assert problem.startswith(f"{variable} is ")
+    assert variable != "postgresql_password" or str(value) not in problem
+
+
+@pytest.mark.parametrize("addresses", ["", "localhost", "*", "10.0.0.1, ::1"])
+def test_addresses_to_listen_at(addresses: str) -> None:
+    assert postgresql.problems({**SETTINGS, "postgresql_listen_addresses": addresses}) == []
+
+
+# --- the host -----------------------------------------------------------------------------------------------
+
+
+def test_clusters_are_read() -> None:
+    text = (
+        "15 main 5432 online postgres /var/lib/postgresql/15/main /var/log/postgresql/postgresql-15-main.log\n"
+        "14 old  5433 down,binaries_missing postgres /srv/pg /var/log/x.log\n\nnonsense\n"
+    )
+    first, second = postgresql.parse_clusters(text)
+    assert (first.label, first.port, first.online, first.data) == ("15/main", 5432, True, "/var/lib/postgresql/15/main")
+    assert (second.label, second.online) == ("14/old", False)
+
+
+@pytest.mark.parametrize("host", [BARE, RUNNING])
+def test_a_bare_host_and_a_fresh_cluster_are_fine(host: dict[str, Any]) -> None:
+    assert postgresql.host_problems(host, SETTINGS) == []
+
+
+def server(**changes: Any) -> dict[str, Any]:
+    return {**RUNNING, "server": {**SERVER, **changes}}
+
+
+OLD = {**CLUSTER, "version": "14", "label": "14/main"}
+DATABASE = {"owner": "litellm", "encoding": "UTF8"}
+
+
+@pytest.mark.parametrize(
+    ("host", "says"),
+    [
+        ({**BARE, "system": "fedora 42", "version": ""}, "supports debian 12, debian 13"),
+        ({**BARE, "other_clusters": [OLD]}, "cluster 14/main (port 5432)"),
+        ({**BARE, "other_clusters": [{**OLD, "port": 5433}]}, "pg_upgradecluster"),
+        ({**RUNNING, "cluster": {**CLUSTER, "online": True, "port": 5433}}, "has port 5433"),
+        ({**RUNNING, "server": {}, "server_error": "peer failed"}, "does not let its own superuser in"),
+        ({**BARE, "cluster": {**CLUSTER, "online": False, "status": "down"}}, "systemctl start postgresql@15-main"),
+        (
+            {**BARE, "cluster": {**CLUSTER, "online": False, "status": "down,binaries_missing"}},
+            "apt-get install postgresql-15",
+        ),
+        (server(hba_errors=["pg_hba.conf line 3: x"]), "pg_hba.conf line 3: x"),
+        (server(file_errors=["/etc/x line 1: y"]), "would not take its own configuration"),
+        (server(role={"powers": ["SUPERUSER"]}), "has SUPERUSER"),
+        (server(database={**DATABASE, "owner": "bob"}), "belongs to bob"),
+        (server(database={**DATABASE, "encoding": "SQL_ASCII"}), "in SQL_ASCII"),
+        (SHARED, "set postgresql_listen_addresses to 'localhost'"),
+        ({**BARE, "free_bytes": 100 * MIB}, "make room"),
+        ({**RUNNING, "free_bytes": 100 * MIB}, "make room"),
+    ],
+)
+def test_hosts_that_are_refused(host: dict[str, Any], says: str) -> None:
+    (problem,) = postgresql.host_problems(host, SETTINGS)
+    assert says in problem
+
+
+def test_a_stopped_cluster_of_the_role_is_started() -> None:
+    host = {**BARE, "tuned": True, "cluster": {**CLUSTER, "online": False, "status": "down"}}
+    assert postgresql.host_problems(host, SETTINGS) == []
+
+
+def test_a_cluster_of_others_is_taken_as_it_is() -> None:
+    settings = {**SETTINGS, "postgresql_listen_addresses": "localhost"}
+    assert postgresql.host_problems(SHARED, settings) == []
+    (problem,) = postgresql.host_problems(SHARED, {**settings, "postgresql_max_connections": 200})
+    assert "lower postgresql_max_connections (200)" in problem
+
+
+def test_memory_that_the_host_does_not_have() -> None:
+    (problem,) = postgresql.host_problems(RUNNING, {**SETTINGS, "postgresql_memory": 6144 * MIB})
+    assert problem.startswith("postgresql_memory is ")
+
+
+# --- its configuration --------------------------------------------------------------------------------------
+
+
+def megabytes(text: str) -> int:
+    return int(text.removesuffix("MB"))
+
+
+@pytest.mark.parametrize("host", [0, 512 * MIB, 2048 * MIB, 8192 * MIB, 1024 * 1024 * MIB])
+@pytest.mark.parametrize("memory", [0, 128 * MIB, 4096 * MIB])
+def test_settings_stay_within_the_memory(host: int, memory: int) -> None:
+    found = postgresql.tuning(memory, host, 100)
+    budget = (memory or min(max(host // 8, 128 * MIB), 1024 * MIB)) // MIB
+    assert found["max_connections"] == "100"
+    assert megabytes(found["shared_buffers"]) + megabytes(found["maintenance_work_mem"]) <= budget
+    assert 2 <= megabytes(found["work_mem"]) <= 16

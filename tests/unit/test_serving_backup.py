@@ -1,0 +1,192 @@
+# Copyright: llmfleet developers
+# GNU General Public License v3.0+ (see LICENSE)
+"""What the program llmfleet-backup decides by: which backups are kept, and which are refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import sys
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+FILE = Path(__file__).parents[2] / "roles/serving_backup/files/llmfleet_backup.py"
+spec = importlib.util.spec_from_file_location("llmfleet_backup", FILE)
+backup: Any = importlib.util.module_from_spec(spec)
+sys.modules["llmfleet_backup"] = backup  # for its dataclasses
+spec.loader.exec_module(backup)
+
+KEYS = {"litellm_salt_key": "salt-of-the-earth", "litellm_master_key": "sk-master"}
+MANIFEST = {"format": 1, "postgresql": "15.20", "litellm": "1.106.2", "made": "2026-11-21T20:00:00Z", "host": "gw"}
+EMPTY = {"postgresql": "15.20", "litellm": "", "salt": "", "tables": 0}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("KEY=value", "value"),
+        ('KEY="two words"', "two words"),
+        ("# KEY=no\n; KEY=no\n\nOTHER=x\nKEY='a#b'\n", "a#b"),
+        ("KEY=a=b", "a=b"),
+        ("KEY=", ""),
+    ],
+)
+def test_env_is_read_as_systemd_reads_it(text: str, value: str) -> None:
+    assert backup.parse_env(text)["KEY"] == value
+
+
+def test_newest_are_kept_and_other_files_are_not_ours() -> None:
+    names = [f"llmfleet-2026112{day}T023000Z.age" for day in range(5)]
+    other = ["backup.age", "llmfleet-20200101T000000Z.age.part", ".work-x", "llmfleet-x.age"]
+    assert backup.surplus([*other, *names], 3) == [names[1], names[0]]
+    assert backup.surplus(names, 14) == []
+
+
+@pytest.mark.parametrize(
+    "here", [EMPTY, {**EMPTY, "postgresql": "17.1", "litellm": "1.107.0", "salt": KEYS["litellm_salt_key"]}]
+)
+def test_an_empty_gateway_and_a_newer_one_are_fine(here: dict[str, Any]) -> None:
+    assert backup.refusals(MANIFEST, KEYS, here, False) == []
+
+
+@pytest.mark.parametrize(
+    ("manifest", "here", "says"),
+    [
+        ({"format": 2}, {}, "newer release of this collection"),
+        ({"postgresql": "17.2"}, {}, "of PostgreSQL 17.2, and this host has 15.20"),
+        ({"litellm": "1.106.10"}, {"litellm": "1.106.9"}, "set litellm_version to 1.106.10 or newer"),
+        ({}, {"salt": "another"}, "another salt key"),
+        ({}, {"tables": 3}, "serving_restore_replace"),
+    ],
+)
+def test_what_is_refused(manifest: dict[str, Any], here: dict[str, Any], says: str) -> None:
+    (why,) = backup.refusals({**MANIFEST, **manifest}, KEYS, {**EMPTY, **here}, False)
+    assert says in why
+    assert not any(key in why for key in KEYS.values())
+    assert "another" not in why.split() or "another salt key" in why
+
+
+def test_tables_are_replaced_when_asked() -> None:
+    assert backup.refusals(MANIFEST, KEYS, {**EMPTY, "tables": 3}, True) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        ("age: error: no identity matched any of the recipients", "another key than backup_key"),
+        ("age: error: failed to decrypt and authenticate payload chunk", "damaged or not whole"),
+        ("age: error: unexpected EOF", "damaged or not whole"),
+        ('age: error: reading "-": unknown identity type', "no key that age can use"),
+        ("", "age ended early"),
+    ],
+)
+def test_what_age_says_becomes_a_remedy(said: str, says: str) -> None:
+    assert says in backup.explain(said)
+
+
+# --- the archive, with a stand-in for age that encrypts nothing ------------------------------------------------
+
+AGE = """#!/bin/sh
+for argument; do last=$argument; done
+case "$1" in
+--decrypt) cat >/dev/null; cat "$last"; exit "${AGE_STATUS:-0}" ;;
+*) cat > "${last#--output=}" ;;
+esac
+"""
+
+
+@pytest.fixture
+def age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    program = tmp_path / "bin/age"
+    program.parent.mkdir()
+    program.write_text(AGE)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    return tmp_path
+
+
+def made(folder: Path) -> Path:
+    dump, file = folder / "made.dump", folder / "backup.age"
+    dump.write_bytes(b"PGDMP" * 100_000)
+    manifest = json.dumps({**MANIFEST, "sha256": backup.digest(dump)}).encode()
+    backup.encrypt(manifest, json.dumps(KEYS).encode(), dump, ["age1x"], file)
+    return file
+
+
+def test_what_is_written_is_read_back(age: Path) -> None:
+    manifest, keys = backup.decrypt(made(age), "identity", age / "again.dump")
+    assert (manifest["litellm"], keys) == ("1.106.2", KEYS)
+    assert (age / "again.dump").read_bytes() == (age / "made.dump").read_bytes()
+
+
+def test_what_age_found_damaged_is_refused_whatever_is_in_it(age: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = made(age)
+    monkeypatch.setenv("AGE_STATUS", "1")
+    with pytest.raises(backup.RefusalError, match="damaged"):
+        backup.decrypt(file, "identity", age / "again.dump")
+
+
+def test_another_dump_than_the_manifest_says_is_refused(age: Path) -> None:
+    file = made(age)
+    data = bytearray(file.read_bytes())
+    data[200_000] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(backup.RefusalError, match="damaged"):
+        backup.decrypt(file, "identity", age / "again.dump")
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "manifest.json"])
+def test_other_archives_are_refused_and_write_nowhere(age: Path, name: str) -> None:
+    file = age / "other.age"
+    with tarfile.open(file, "w") as archive:
+        entry = tarfile.TarInfo(name)
+        entry.size = 2
+        archive.addfile(entry, io.BytesIO(b"{}"))
+    before = sorted(age.rglob("*"))
+    with pytest.raises(backup.RefusalError, match="no backup of this collection"):
+        backup.decrypt(file, "identity", age / "again.dump")
+    assert sorted(age.rglob("*")) == before
+
+
+def test_a_failing_start_brings_the_former_database_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = backup.Config(Path("/nowhere"), 1, "litellm", "litellm", ())
+    done: list[str] = []
+
+    def systemctl(verb: str, units: list[str]) -> None:
+        done.append(verb)
+        if done.count("start") == 1 and verb == "start":
+            raise backup.RefusalError("it failed")
+
+    monkeypatch.setattr(backup, "systemctl", systemctl)
+    monkeypatch.setattr(backup, "create", lambda _: {"file": "before"})
+    monkeypatch.setattr(backup, "fill", lambda *_: done.append("fill"))
+    monkeypatch.setattr(backup, "drop", lambda name: done.append(f"drop {name[-3:]}"))
+    monkeypatch.setattr(backup, "swap", lambda _, taken, aside: done.append(f"swap {taken[-3:]} {aside[-3:]}"))
+    monkeypatch.setattr(backup, "signal", SimpleNamespace(signal=lambda *_: None, SIG_IGN=None))
+    with pytest.raises(backup.RefusalError, match="gets its former one"):
+        backup.replace_database(config, Path("dump"), ["litellm@4000.service"])
+    after = done[done.index("swap new old") :]
+    assert after == ["swap new old", "drop new", "start", "stop", "swap old new", "drop new", "start"]
+
+
+def test_a_failing_restore_leaves_the_database_and_starts_litellm(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = backup.Config(Path("/nowhere"), 1, "litellm", "litellm", ())
+    done: list[str] = []
+    monkeypatch.setattr(backup, "systemctl", lambda verb, _: done.append(verb))
+    monkeypatch.setattr(backup, "create", lambda _: {"file": ""})
+    monkeypatch.setattr(backup, "drop", lambda name: done.append(f"drop {name[-3:]}"))
+    monkeypatch.setattr(backup, "swap", lambda *_: done.append("swap"))
+
+    def fill(*_: Any) -> None:
+        raise backup.RefusalError("pg_restore: no")
+
+    monkeypatch.setattr(backup, "fill", fill)
+    with pytest.raises(backup.RefusalError, match="pg_restore"):
+        backup.replace_database(config, Path("dump"), ["litellm@4000.service"])
+    assert "swap" not in done
+    assert done[-2:] == ["drop new", "start"]

@@ -17,7 +17,7 @@ from ansible.errors import AnsibleFilterError
 from ansible_collections.llmfleet.serving.plugins.module_utils import _firewall, _models, _plans, _postgresql
 from ansible_collections.llmfleet.serving.plugins.module_utils._planner import report
 
-SHARED = ("nginx_", "certbot_", "firewall_")  # prefixes that other people's variables have, too
+SHARED = ("nginx_", "certbot_", "firewall_", "postgresql_")  # prefixes that other people's variables have, too
 
 
 def model_problems(models: Sequence[Mapping[str, Any]], port: int, environment: Mapping[str, Any]) -> list[str]:

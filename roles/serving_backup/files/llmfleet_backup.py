@@ -360,13 +360,18 @@ def publish(config: Config, partial: Path) -> Path:
         if not file.exists():
             break
         time.sleep(0.2)
-    partial.chmod(0o600)
-    for path in (partial, config.folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    sync(partial)
     partial.rename(file)
+    sync(config.folder)
     return file
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 # --- restore ------------------------------------------------------------------------------------------------

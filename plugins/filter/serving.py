@@ -23,7 +23,7 @@ OF_NO_ROLE = {
     *("serving_restore_file", "serving_restore_replace"),
     *("serving_tenants", "serving_tenants_overlap", "serving_tenants_prune"),
 }
-SHARED = ("nginx_", "certbot_", "firewall_")  # prefixes that other people's variables have, too
+SHARED = ("nginx_", "certbot_", "firewall_", "postgresql_")  # prefixes that other people's variables have, too
 
 
 def model_problems(models: Sequence[Mapping[str, Any]], port: int, environment: Mapping[str, Any]) -> list[str]:

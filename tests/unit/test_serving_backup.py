@@ -81,7 +81,10 @@ def test_tables_are_replaced_when_asked() -> None:
         ("age: error: no identity matched any of the recipients", "another key than backup_key"),
         ("age: error: failed to decrypt and authenticate payload chunk", "damaged or not whole"),
         ("age: error: unexpected EOF", "damaged or not whole"),
-        ('age: error: reading "-": unknown identity type', "no key that age can use"),
+        ('age: error: failed to read header: parsing age header: unexpected intro: "x"', "damaged or not whole"),
+        ("age: error: failed to read header: failed to parse header: failed to read line: EOF", "damaged or not whole"),
+        ('age: error: reading "-": failed to read "-": no secret keys found', "no key that age can use"),
+        ('age: error: reading "-": malformed SSH identity in "-": ssh: no key found', "no key that age can use"),
         ("", "age ended early"),
     ],
 )

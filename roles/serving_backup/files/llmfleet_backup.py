@@ -124,7 +124,7 @@ def explain(said: str) -> str:
     """Why age did not open the backup."""
     if "no identity matched" in said:
         return "It is encrypted for another key than backup_key in the secrets folder: put the one there that fits it."
-    if re.search(r"unknown identity type|malformed secret key|failed to (read|parse)", said):
+    if 'reading "-"' in said:
         return "backup_key in the secrets folder is no key that age can use: take your copy of it."
     return f"It is damaged or not whole ({said or 'age ended early'}): take another backup (serving_restore_file)."
 
@@ -360,13 +360,18 @@ def publish(config: Config, partial: Path) -> Path:
         if not file.exists():
             break
         time.sleep(0.2)
-    partial.chmod(0o600)
-    for path in (partial, config.folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    sync(partial)
     partial.rename(file)
+    sync(config.folder)
     return file
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 # --- restore ------------------------------------------------------------------------------------------------

@@ -107,12 +107,12 @@ def refusal(status: int, body: bytes) -> str:
     """LiteLLM's own words for a request that it did not answer."""
     try:
         error = json.loads(body)["error"]
-        return f"{status}: {str(error['message'])[:300]}"
-    except (ValueError, KeyError, TypeError):
+        return f"{status}: {str(error['message']).splitlines()[0][:300]}"
+    except (ValueError, LookupError, TypeError):
         return f"{status}: {body[:200].decode(errors='replace')}"
 
 
-NOISE = re.compile(r"^\s*(at |File |\^|~)|^\s*$|INFO")
+NOISE = re.compile(r"^\s|^\s*$|INFO")  # of a traceback what is not its end
 
 
 def last_words(journal: str, most: int = 15) -> list[str]:

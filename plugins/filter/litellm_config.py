@@ -12,7 +12,9 @@ description:
   - Names secrets by their environment variables alone.
 options:
   _input:
-    description: The variables of the role litellm by name, and C(redis), whether there is one.
+    description:
+      - Variables of the role litellm by name.
+      - As C(redis), whether there is one; as C(alerting), who is told of budgets.
     type: dict
     required: true
 """

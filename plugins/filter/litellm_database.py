@@ -34,6 +34,9 @@ _value:
     url:
       description: The URL with C(connection_limit).
       type: str
+    place:
+      description: Which database that is, without its password.
+      type: str
     local:
       description: Whether it leads to this host.
       type: bool
@@ -45,6 +48,7 @@ from ansible_collections.llmfleet.serving.plugins.module_utils import _litellm_c
 def litellm_database(url: str, connections: int) -> dict[str, object]:
     return {
         "url": _litellm_config.database_url(url, connections),
+        "place": _litellm_config.database_place(url),
         "local": _litellm_config.is_local(url),
     }
 

@@ -110,6 +110,12 @@ def is_local(url: str) -> bool:
     return bool(socket_folder(url)) or urlsplit(url).hostname in LOCAL_HOSTS
 
 
+def database_place(url: str) -> str:
+    """Which database that is, without its password."""
+    parts = urlsplit(url)
+    return f"{parts.username}@{socket_folder(url) or parts.hostname}:{parts.port or 5432}{parts.path}"
+
+
 def database_url(url: str, connections: int) -> str:
     """With the size of each worker's pool, as Prisma takes it, where the URL itself does not say."""
     if "connection_limit=" in urlsplit(url).query:
@@ -174,9 +180,8 @@ def config(settings: Mapping[str, Any]) -> dict[str, Any]:
         "proxy_batch_write_at": settings["litellm_batch_write_seconds"],
         "disable_prisma_schema_update": True,  # migrations are a step of their own
     }
-    alerting = [kind for kind in ("slack", "webhook") if settings[f"litellm_alert_{kind}_url"]]
-    if alerting:
-        general |= {"alerting": alerting, "alert_types": ["budget_alerts"]}
+    if settings["alerting"]:
+        general |= {"alerting": settings["alerting"], "alert_types": ["budget_alerts"]}
     if settings["redis"]:
         general["coordination_redis"] = {"url": "os.environ/LITELLM_REDIS_URL"}
     made = {

@@ -13,16 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
-SHOWN = (
-    "Id",
-    "ActiveState",
-    "SubState",
-    "UnitFileState",
-    "ActiveEnterTimestamp",
-    "NRestarts",
-    "Result",
-    "NeedDaemonReload",
-)
+SHOWN = ("Id", "ActiveState", "UnitFileState", "ActiveEnterTimestamp", "NRestarts", "Result")
 UNIT = re.compile(r"litellm@(?P<port>\d+)\.service")
 TIMESTAMP = "%Y-%m-%d %H:%M:%S.%f UTC"  # of systemctl --timestamp=us+utc, without the day of the week
 RUNNING = ("active", "activating", "reloading", "deactivating")
@@ -38,7 +29,6 @@ class Unit:
     since: float
     restarts: int
     result: str
-    reload_needed: bool
 
     @property
     def running(self) -> bool:
@@ -68,7 +58,6 @@ def parse_show(text: str) -> dict[int, Unit]:
                 since=_seconds(values.get("ActiveEnterTimestamp", "")),
                 restarts=int(values.get("NRestarts") or 0),
                 result=values.get("Result", ""),
-                reload_needed=values.get("NeedDaemonReload") == "yes",
             )
     return units
 
@@ -107,12 +96,12 @@ def refusal(status: int, body: bytes) -> str:
     """LiteLLM's own words for a request that it did not answer."""
     try:
         error = json.loads(body)["error"]
-        return f"{status}: {str(error['message'])[:300]}"
-    except (ValueError, KeyError, TypeError):
+        return f"{status}: {str(error['message']).splitlines()[0][:300]}"
+    except (ValueError, LookupError, TypeError):
         return f"{status}: {body[:200].decode(errors='replace')}"
 
 
-NOISE = re.compile(r"^\s*(at |File |\^|~)|^\s*$|INFO")
+NOISE = re.compile(r"^\s|^\s*$|INFO")  # of a traceback what is not its end
 
 
 def last_words(journal: str, most: int = 15) -> list[str]:

@@ -130,10 +130,6 @@ unit:
   description: SHA-256 of O(unit), empty where there is none.
   returned: always
   type: str
-daemon_reload_needed:
-  description: Whether systemd has yet to read what has changed of O(unit).
-  returned: always
-  type: bool
 salt_key_differs:
   description: Whether an instance has another salt key than O(salt_key).
   returned: always
@@ -247,7 +243,6 @@ def main() -> None:
         serving=ours.port if ours else 0,
         unfinished=ours is not None and (not ours.running or sum(unit.enabled for unit in units.values()) > 1),
         unit=digest(Path(asked["unit"])),
-        daemon_reload_needed=any(unit.reload_needed for unit in units.values()),
         salt_key_differs=any(has_other_salt(config_dir / str(port), asked["salt_key"]) for port in ports),
         redis=REDIS_UNIT.exists(),
     )

@@ -6,11 +6,12 @@ Usage: python check_config.py FILE. Run by the environment that is to serve; sta
 import os
 import sys
 
+# LiteLLM reads its environment while it is imported.
 os.environ |= {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_BACKEND_KEY": "of no account"}
 
-import yaml  # noqa: E402 - LiteLLM reads its environment while it is imported
-from litellm import Router  # noqa: E402
-from litellm.proxy._types import ConfigYAML  # noqa: E402
+import yaml
+from litellm import Router
+from litellm.proxy._types import ConfigYAML
 
 with open(sys.argv[1]) as file:
     config = yaml.safe_load(file)

@@ -1,4 +1,7 @@
-"""Brings the database that DATABASE_URL names to what this version of LiteLLM needs. Run by the environment that is to serve."""
+"""Brings the database that DATABASE_URL names to what this version of LiteLLM needs.
+
+Run by the environment that is to serve.
+"""
 
 import sys
 

@@ -13,6 +13,7 @@ import json
 import re
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,7 @@ SYSTEM_METADATA = ("team_member_budget_id",)  # LiteLLM's own, which an update l
 TOKEN = re.compile(r"[0-9a-f]{64}")
 PREDECESSOR = re.compile(r"(?P<alias>.+)@[0-9a-f]{8}", re.DOTALL)
 SECRET = re.compile(r"sk-[^\s'\",}\]]+")
+IDLE_MAX = 1.0  # seconds; LiteLLM closes a connection that has been idle for 5
 PAGE = 100  # LiteLLM gives no more at once
 TOLD = 10  # failures in one message
 SLACK = timedelta(seconds=60)  # by which two clocks, or the start and the end of a run, may differ
@@ -477,6 +479,8 @@ class Client:
         return self._ask("POST", path, json.dumps(body, allow_nan=False).encode(), body)
 
     def _connection(self) -> http.client.HTTPConnection:
+        if time.monotonic() - getattr(self._local, "used", 0) > IDLE_MAX:
+            self._drop()
         if getattr(self._local, "connection", None) is None:
             secure = self._parts.scheme == "https"
             kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
@@ -484,7 +488,8 @@ class Client:
         return self._local.connection
 
     def _drop(self) -> None:
-        self._local.connection.close()
+        if getattr(self._local, "connection", None) is not None:
+            self._local.connection.close()
         self._local.connection = None
 
     def _ask(self, method: str, path: str, data: bytes | None = None, body: Mapping[str, Any] | None = None) -> Any:
@@ -494,6 +499,7 @@ class Client:
             connection.request(method, self._parts.path.rstrip("/") + path, data, self._headers)
             answer = connection.getresponse()
             text = answer.read().decode(errors="replace")
+            self._local.used = time.monotonic()
         except TimeoutError:
             self._drop()
             raise LiteLLMError(

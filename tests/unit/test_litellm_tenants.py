@@ -474,6 +474,17 @@ def test_litellm_that_does_not_answer_is_not_asked_again(server: LiteLLM) -> Non
     assert [outcome.error for outcome in outcomes] == ["gone", "gone"]
 
 
+def test_connection_that_was_idle_is_not_used_again(server: LiteLLM, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LiteLLM may have closed it: while others wrote, the one that reads has waited."""
+    client = litellm.Client(url, MASTER)
+    litellm.read(client)
+    first = client._connection()
+    assert client._connection() is first
+    monkeypatch.setattr(litellm, "IDLE_MAX", 0)
+    assert client._connection() is not first
+    litellm.read(client)
+
+
 def test_pages_are_read_to_the_end(run: Callable[..., dict[str, Any]], server: LiteLLM) -> None:
     wanted = [{"team": f"t{n}", "keys": [{"name": "k", "key": value(n)}]} for n in range(205)]
     assert run(wanted)["changed"]

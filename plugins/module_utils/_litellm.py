@@ -37,7 +37,7 @@ PREDECESSOR = re.compile(r"(?P<alias>.+)@[0-9a-f]{8}", re.DOTALL)
 SECRET = re.compile(r"sk-[^\s'\",}\]]+")
 IDLE_MAX = 1.0  # seconds; LiteLLM closes a connection that has been idle for 5
 PAGE = 100  # LiteLLM gives no more at once
-TOLD = 10  # failures in one message
+TOLD = 5  # of each kind, in one message
 SLACK = timedelta(seconds=60)  # by which two clocks, or the start and the end of a run, may differ
 # Phases: names are freed before others take them, and teams go last.
 TEAMS, FREE, WRITE, REMOVE, REMOVE_TEAMS = range(5)
@@ -521,7 +521,8 @@ class Client:
             said = self.without_keys(_message(found) or text, body)[:400]
             if answer.status == http.HTTPStatus.UNAUTHORIZED:
                 raise LiteLLMError(f"LiteLLM at {self.url} refuses the master key: {said}", unreachable=True)
-            raise LiteLLMError(f"{where} ended with status {answer.status}: {said}")
+            hint = " (see LiteLLM's journal, and whether PostgreSQL runs)" if answer.status >= 500 else ""
+            raise LiteLLMError(f"{where} ended with status {answer.status}: {said}{hint}")
         if found is None:
             raise LiteLLMError(f"{where} at {self.url} was answered, but not by LiteLLM: that is no JSON.")
         return found
@@ -608,7 +609,7 @@ def apply(changes: Sequence[Change], send: Callable[[Change], None], workers: in
         # research/ci@0123abcd needs research/ci, which needs research.
         needs = {change.name, change.name.partition("@")[0], change.name.partition("/")[0]} & failed
         if needs:
-            return Outcome(change, f"left, for {min(needs)} has failed")
+            return Outcome(change, f"Left, for {min(needs)} has failed")
         try:
             send(change)
         except LiteLLMError as error:
@@ -647,16 +648,22 @@ class Result:
         failed = [outcome for outcome in self.outcomes if outcome.error]
         if failed:
             done = len(self.outcomes) - len(failed)
-            told = "; ".join(f"{outcome.change} ({outcome.error})" for outcome in failed[:TOLD])
-            more = f"; and {len(failed) - TOLD} more" if len(failed) > TOLD else ""
-            return f"Of {len(self.outcomes)} changes {done} are done and {len(failed)} are not: {told}{more}."
+            why: dict[str, list[str]] = {}
+            for outcome in failed:
+                why.setdefault(outcome.error.rstrip("."), []).append(str(outcome.change))
+            told = " ".join(f"{error} ({_some(names)})." for error, names in [*why.items()][:TOLD])
+            return f"Of {len(self.outcomes)} changes {done} are done and {len(failed)} are not. {told}"
         if self.astray:
-            told = "; ".join(f"{change} {json.dumps(change.after, sort_keys=True)}" for change in self.astray[:TOLD])
+            told = _some([f"{change} {json.dumps(change.after, sort_keys=True)}" for change in self.astray])
             return (
                 f"LiteLLM has taken {len(self.changes)} changes, but does not keep what it was told, "
                 f"for these would still have to be made: {told}. Look for defaults and bounds in its configuration."
             )
         return ""
+
+
+def _some(names: Sequence[str]) -> str:
+    return "; ".join([*names[:TOLD], *([f"and {len(names) - TOLD} more"] if len(names) > TOLD else [])])
 
 
 def converge(

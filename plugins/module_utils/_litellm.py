@@ -13,6 +13,7 @@ import json
 import re
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -34,8 +35,9 @@ SYSTEM_METADATA = ("team_member_budget_id",)  # LiteLLM's own, which an update l
 TOKEN = re.compile(r"[0-9a-f]{64}")
 PREDECESSOR = re.compile(r"(?P<alias>.+)@[0-9a-f]{8}", re.DOTALL)
 SECRET = re.compile(r"sk-[^\s'\",}\]]+")
+IDLE_MAX = 1.0  # seconds; LiteLLM closes a connection that has been idle for 5
 PAGE = 100  # LiteLLM gives no more at once
-TOLD = 10  # failures in one message
+TOLD = 5  # of each kind, in one message
 SLACK = timedelta(seconds=60)  # by which two clocks, or the start and the end of a run, may differ
 # Phases: names are freed before others take them, and teams go last.
 TEAMS, FREE, WRITE, REMOVE, REMOVE_TEAMS = range(5)
@@ -477,6 +479,8 @@ class Client:
         return self._ask("POST", path, json.dumps(body, allow_nan=False).encode(), body)
 
     def _connection(self) -> http.client.HTTPConnection:
+        if time.monotonic() - getattr(self._local, "used", 0) > IDLE_MAX:
+            self._drop()
         if getattr(self._local, "connection", None) is None:
             secure = self._parts.scheme == "https"
             kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
@@ -484,7 +488,8 @@ class Client:
         return self._local.connection
 
     def _drop(self) -> None:
-        self._local.connection.close()
+        if getattr(self._local, "connection", None) is not None:
+            self._local.connection.close()
         self._local.connection = None
 
     def _ask(self, method: str, path: str, data: bytes | None = None, body: Mapping[str, Any] | None = None) -> Any:
@@ -494,6 +499,7 @@ class Client:
             connection.request(method, self._parts.path.rstrip("/") + path, data, self._headers)
             answer = connection.getresponse()
             text = answer.read().decode(errors="replace")
+            self._local.used = time.monotonic()
         except TimeoutError:
             self._drop()
             raise LiteLLMError(
@@ -515,7 +521,8 @@ class Client:
             said = self.without_keys(_message(found) or text, body)[:400]
             if answer.status == http.HTTPStatus.UNAUTHORIZED:
                 raise LiteLLMError(f"LiteLLM at {self.url} refuses the master key: {said}", unreachable=True)
-            raise LiteLLMError(f"{where} ended with status {answer.status}: {said}")
+            hint = " (see LiteLLM's journal, and whether PostgreSQL runs)" if answer.status >= 500 else ""
+            raise LiteLLMError(f"{where} ended with status {answer.status}: {said}{hint}")
         if found is None:
             raise LiteLLMError(f"{where} at {self.url} was answered, but not by LiteLLM: that is no JSON.")
         return found
@@ -602,7 +609,7 @@ def apply(changes: Sequence[Change], send: Callable[[Change], None], workers: in
         # research/ci@0123abcd needs research/ci, which needs research.
         needs = {change.name, change.name.partition("@")[0], change.name.partition("/")[0]} & failed
         if needs:
-            return Outcome(change, f"left, for {min(needs)} has failed")
+            return Outcome(change, f"Left, for {min(needs)} has failed")
         try:
             send(change)
         except LiteLLMError as error:
@@ -641,16 +648,22 @@ class Result:
         failed = [outcome for outcome in self.outcomes if outcome.error]
         if failed:
             done = len(self.outcomes) - len(failed)
-            told = "; ".join(f"{outcome.change} ({outcome.error})" for outcome in failed[:TOLD])
-            more = f"; and {len(failed) - TOLD} more" if len(failed) > TOLD else ""
-            return f"Of {len(self.outcomes)} changes {done} are done and {len(failed)} are not: {told}{more}."
+            why: dict[str, list[str]] = {}
+            for outcome in failed:
+                why.setdefault(outcome.error.rstrip("."), []).append(str(outcome.change))
+            told = " ".join(f"{error} ({_some(names)})." for error, names in [*why.items()][:TOLD])
+            return f"Of {len(self.outcomes)} changes {done} are done and {len(failed)} are not. {told}"
         if self.astray:
-            told = "; ".join(f"{change} {json.dumps(change.after, sort_keys=True)}" for change in self.astray[:TOLD])
+            told = _some([f"{change} {json.dumps(change.after, sort_keys=True)}" for change in self.astray])
             return (
                 f"LiteLLM has taken {len(self.changes)} changes, but does not keep what it was told, "
                 f"for these would still have to be made: {told}. Look for defaults and bounds in its configuration."
             )
         return ""
+
+
+def _some(names: Sequence[str]) -> str:
+    return "; ".join([*names[:TOLD], *([f"and {len(names) - TOLD} more"] if len(names) > TOLD else [])])
 
 
 def converge(

@@ -360,9 +360,7 @@ def table(report: Mapping[str, Any], width: int = 80) -> list[str]:
     """Lines of ASCII, none longer. ``report`` is what the modules return: teams, keys, now, usage_days."""
     now = time_of(report.get("now")) or datetime.fromtimestamp(0).astimezone()
     first = width - sum(size + 1 for _, size in COLUMNS)
-    days = report.get("usage_days") or 0
-    head = {"tokens": f"tok.{days}d" if days and len(f"tok.{days}d") <= 6 else "tokens"}
-    lines = [_line([("team, key", first), *((head.get(name, name), size) for name, size in COLUMNS)])]
+    lines = [_line([("team, key", first), *COLUMNS])]
     lines.append("-" * width)
     keys: dict[str | None, list[Mapping[str, Any]]] = {}
     for key in report.get("keys") or ():
@@ -379,6 +377,8 @@ def table(report: Mapping[str, Any], width: int = 80) -> list[str]:
         lines += [line for key in rest for line in _row(f"  {key['name']}", key, first, now)]
     if len(lines) == 2:
         lines.append("LiteLLM has no teams and no keys.")
+    elif report.get("usage_days"):
+        lines.append(f"(tokens: of the last {report['usage_days']} days)")
     return lines
 
 

@@ -410,7 +410,8 @@ def test_what_fails_is_named_and_the_rest_is_done(run: Callable[..., dict[str, A
     answer = run(wanted)
     assert answer["failed"]
     assert answer["changed"]
-    assert "Of 10 changes 9 are done and 1 are not: key t2/k: create" in answer["msg"]
+    assert "Of 10 changes 9 are done and 1 are not. POST /key/generate ended with status 400: no luck" in answer["msg"]
+    assert "(key t2/k: create)" in answer["msg"]
     assert value(2) not in json.dumps(answer)
     server.fails = lambda path, body: None
     answer = run(wanted)
@@ -420,8 +421,8 @@ def test_what_fails_is_named_and_the_rest_is_done(run: Callable[..., dict[str, A
 def test_team_that_fails_keeps_its_keys_back(run: Callable[..., dict[str, Any]], server: LiteLLM) -> None:
     server.fails = lambda path, body: (500, "<html>broken</html>") if path == "/team/new" else None
     answer = run(tenants(CI))
-    assert "team research: create (POST /team/new ended with status 500: <html>broken</html>)" in answer["msg"]
-    assert "key research/ci: create (left, for research has failed)" in answer["msg"]
+    assert "POST /team/new ended with status 500: <html>broken</html> (see LiteLLM's journal, and" in answer["msg"]
+    assert "Left, for research has failed (key research/ci: create)" in answer["msg"]
     assert not answer["changed"]
     assert server.keys == {}
 
@@ -472,6 +473,17 @@ def test_litellm_that_does_not_answer_is_not_asked_again(server: LiteLLM) -> Non
     outcomes = litellm.apply(changes, send)
     assert len(calls) == 1
     assert [outcome.error for outcome in outcomes] == ["gone", "gone"]
+
+
+def test_connection_that_was_idle_is_not_used_again(server: LiteLLM, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LiteLLM may have closed it: while others wrote, the one that reads has waited."""
+    client = litellm.Client(url, MASTER)
+    litellm.read(client)
+    first = client._connection()
+    assert client._connection() is first
+    monkeypatch.setattr(litellm, "IDLE_MAX", 0)
+    assert client._connection() is not first
+    litellm.read(client)
 
 
 def test_pages_are_read_to_the_end(run: Callable[..., dict[str, Any]], server: LiteLLM) -> None:

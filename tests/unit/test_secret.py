@@ -110,13 +110,21 @@ def test_folder_and_length_can_be_chosen(look_up: LookUp, tmp_path: Path) -> Non
     assert not (tmp_path / "inventory/.secrets").exists()
 
 
+def test_prefix_is_part_of_a_new_secret(plugin: secret.LookupModule, tmp_path: Path) -> None:
+    plugin.get_option = {"length": 20, "prefix": "sk-"}.get
+    made = plugin._secret(tmp_path, "key", False)
+    assert re.fullmatch(r"sk-[A-Za-z0-9]{20}", made)
+    plugin.get_option = {"length": 20, "prefix": "other-"}.get
+    assert plugin._secret(tmp_path, "key", False) == made
+
+
 # --- the plugin alone ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def plugin() -> secret.LookupModule:
     plugin = secret.LookupModule(loader=DataLoader())
-    plugin.get_option = {"length": 43, "folder": None}.get
+    plugin.get_option = {"length": 43, "folder": None, "prefix": ""}.get
     return plugin
 
 
@@ -135,7 +143,7 @@ sys.path.insert(0, sys.argv[1])
 from ansible.parsing.dataloader import DataLoader
 from ansible_collections.llmfleet.serving.plugins.lookup.secret import LookupModule
 plugin = LookupModule(loader=DataLoader())
-plugin.get_option = {"length": 43}.get
+plugin.get_option = {"length": 43, "prefix": ""}.get
 print(flush=True)
 sys.stdin.read()
 print(*(plugin._secret(Path(sys.argv[2]), f"key{number}", False) for number in range(20)))

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -148,10 +147,6 @@ def plan_page(hosts: Mapping[str, Mapping[str, Any]]) -> str:
     return environment.get_template("plan.html.j2").render(report.page(hosts)) + "\n"
 
 
-def scram_verifier(password: str) -> str:
-    return _postgresql.scram_verifier(str(password), secrets.token_bytes(16))
-
-
 class FilterModule:
     def filters(self) -> dict[str, Any]:
         return {
@@ -174,7 +169,6 @@ class FilterModule:
             "postgresql_problems": _postgresql.problems,
             "postgresql_tuning": _postgresql.tuning,
             "probes": _models.probes,
-            "scram_verifier": scram_verifier,
             "unknown_variables": unknown_variables,
             "version_findings": _models.version_findings,
             "watched": _models.watched,

@@ -4,9 +4,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import hmac
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,42 +13,15 @@ MIB = 1024**2
 GIB = 1024**3
 CLUSTER = "main"
 PORT = 5432  # what the socket is called by, also where nothing listens
-ITERATIONS = 4096  # PostgreSQL's own number
 NAME = re.compile(r"[a-z_][a-z0-9_]{0,39}")  # names of 63, less what a restore appends
-PASSWORD = re.compile(r"[!-~]{16,256}")  # what SASLprep leaves alone
 TAKEN = ("postgres", "template0", "template1", "public", "none")
-VERIFIER = re.compile(r"SCRAM-SHA-256\$(\d+):([^$]+)\$([^:]+):(.+)")
-
-
-# --- the password -------------------------------------------------------------------------------------------
-
-
-def scram_verifier(password: str, salt: bytes, iterations: int = ITERATIONS) -> str:
-    """What PostgreSQL stores: with this in the statement, the password itself never reaches the server's log."""
-    salted = hashlib.pbkdf2_hmac("sha256", password.encode(), salt, iterations)
-    stored = hashlib.sha256(hmac.digest(salted, b"Client Key", "sha256")).digest()
-    server = hmac.digest(salted, b"Server Key", "sha256")
-    salt64, stored64, server64 = (base64.b64encode(part).decode() for part in (salt, stored, server))
-    return f"SCRAM-SHA-256${iterations}:{salt64}${stored64}:{server64}"
-
-
-def scram_fits(password: str, verifier: str | None) -> bool:
-    """Whether it is the verifier of this password. One of another method never is."""
-    match = VERIFIER.fullmatch(verifier or "")
-    if not match:
-        return False
-    try:
-        salt = base64.b64decode(match[2], validate=True)
-    except ValueError:
-        return False
-    return hmac.compare_digest(scram_verifier(password, salt, int(match[1])), verifier or "")
 
 
 # --- the variables ------------------------------------------------------------------------------------------
 
 
 def problems(settings: Mapping[str, Any]) -> list[str]:
-    """One sentence for each variable that cannot be. A part of the password is in none of them."""
+    """One sentence for each variable that cannot be."""
     return list(_problems(settings))
 
 
@@ -62,11 +32,6 @@ def _problems(settings: Mapping[str, Any]) -> Iterable[str]:
             yield f"{variable} is {value!r}: use up to 40 of a-z 0-9 _, with a letter or _ at the beginning."
         elif value in TAKEN or value.startswith("pg_"):
             yield f"{variable} is {value!r}, a name that PostgreSQL has for itself: use another, as litellm."
-    if not PASSWORD.fullmatch(settings["postgresql_password"]):
-        yield (
-            "postgresql_password is not 16 to 256 printable ASCII characters without blanks: "
-            "use others, or leave it out to have one generated."
-        )
     if not re.fullmatch(r"|[A-Za-z0-9.:*_-]+( *, *[A-Za-z0-9.:*_-]+)*", settings["postgresql_listen_addresses"]):
         yield (
             f"postgresql_listen_addresses is {settings['postgresql_listen_addresses']!r}: "

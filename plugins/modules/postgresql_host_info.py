@@ -45,10 +45,6 @@ options:
     description: The name of its owner.
     type: str
     required: true
-  password:
-    description: The owner's password, to be compared with what the server stores.
-    type: str
-    required: true
 """
 
 EXAMPLES = r"""
@@ -59,7 +55,6 @@ EXAMPLES = r"""
     dropin: /etc/systemd/system/postgresql@%v-main.service.d/llmfleet.conf
     database: litellm
     user: litellm
-    password: "{{ postgresql_password }}"
   register: host
 """
 
@@ -161,7 +156,6 @@ from ansible_collections.llmfleet.serving.plugins.module_utils._postgresql impor
     PORT,
     Cluster,
     parse_clusters,
-    scram_fits,
 )
 
 DATA = Path("/var/lib/postgresql")
@@ -186,7 +180,7 @@ SELECT json_build_object(
       'bytes', pg_database_size(oid), 'public', EXISTS (
         SELECT FROM aclexplode(coalesce(datacl, acldefault('d', datdba))) WHERE grantee = 0))
     FROM pg_database WHERE datname = :'database'),
-  'role', (SELECT json_build_object('login', rolcanlogin, 'verifier', rolpassword, 'powers', array_remove(ARRAY[
+  'role', (SELECT json_build_object('login', rolcanlogin, 'powers', array_remove(ARRAY[
       CASE WHEN rolsuper THEN 'SUPERUSER' END, CASE WHEN rolcreaterole THEN 'CREATEROLE' END,
       CASE WHEN rolcreatedb THEN 'CREATEDB' END, CASE WHEN rolreplication THEN 'REPLICATION' END,
       CASE WHEN rolbypassrls THEN 'BYPASSRLS' END], NULL))
@@ -205,10 +199,7 @@ def server(module: AnsibleModule, asked: dict[str, Any]) -> tuple[dict[str, Any]
     code, said, error = module.run_command(command, data=QUERY, cwd="/", expand_user_and_vars=False)
     if code:
         return {}, " ".join(error.split())
-    found = json.loads(said)
-    if found["role"]:
-        found["role"]["password_fits"] = scram_fits(asked["password"], found["role"].pop("verifier"))
-    return found, ""
+    return json.loads(said), ""
 
 
 def changed(path: str) -> float:
@@ -235,7 +226,6 @@ def main() -> None:
             "dropin": {"type": "str", "required": True},
             "database": {"type": "str", "required": True},
             "user": {"type": "str", "required": True},
-            "password": {"type": "str", "required": True, "no_log": True},
         },
         supports_check_mode=True,
     )

@@ -236,7 +236,6 @@ def test_filters_run_in_templates(run_playbook: Any, tmp_path: Path) -> None:
         "postgresql_host_problems": "{{ cluster | llmfleet.serving.postgresql_host_problems(wanted) | length }}",
         "postgresql_problems": "{{ database | llmfleet.serving.postgresql_problems }}",
         "postgresql_tuning": "{{ (0 | llmfleet.serving.postgresql_tuning(8589934592, 100)).shared_buffers }}",
-        "scram_verifier": "{{ ('a-password' | llmfleet.serving.scram_verifier)[:13] }}",
         "unknown_variables": "{{ ['vllm_model'] | llmfleet.serving.unknown_variables | length }}",
         "backends": "{{ [{'vllm_instances': found | llmfleet.serving.endpoints([])}] | llmfleet.serving.backends }}",
     }
@@ -265,7 +264,6 @@ def test_filters_run_in_templates(run_playbook: Any, tmp_path: Path) -> None:
         "wanted": {"systems": ["x"]},
         "database": {
             **{f"postgresql_{name}": "litellm" for name in ("database", "user")},
-            "postgresql_password": "sixteen-characters-and-more",
             "postgresql_listen_addresses": "",
             "postgresql_memory": 0,
             "postgresql_max_connections": 100,
@@ -298,7 +296,6 @@ def test_filters_run_in_templates(run_playbook: Any, tmp_path: Path) -> None:
         "postgresql_host_problems": 1,
         "postgresql_problems": [],
         "postgresql_tuning": "512MB",
-        "scram_verifier": "SCRAM-SHA-256",
         "unknown_variables": 1,
         "backends": [
             {"model": "a", "servers": ["127.0.0.1:8000"], "kind": "completion"},

@@ -27,11 +27,11 @@ PLAYBOOKS = sorted((ROOT / "playbooks").glob("*.yml"))
 SECRETS = {
     *("vllm_api_key", "vllm_hf_token", "nginx_keys", "nginx_backend_key"),
     *("certbot_dns_credentials", "certbot_eab_hmac_key"),
-    *("postgresql_password", "__serving_backup_salt_key", "__serving_backup_master_key"),
+    *("__serving_backup_salt_key", "__serving_backup_master_key"),
     *("litellm_backend_key", "litellm_master_key", "litellm_salt_key", "litellm_database_url", "litellm_redis_url"),
     *("litellm_alert_slack_url", "litellm_alert_webhook_url", "litellm_environment"),
 }
-WITHOUT_JAMMY = {"nginx", "certbot", "postgresql", "litellm", "serving_backup"}  # its nginx has no njs: no gateway runs it
+WITHOUT_JAMMY = {"nginx", "certbot", "postgresql", "litellm", "serving_backup"}  # it has no njs: no gateway runs it
 SYSTEMS = {("Debian", "bookworm"), ("Debian", "trixie"), ("Ubuntu", "jammy"), ("Ubuntu", "noble")}
 # What the collection's archive holds. The rest of the checkout is for those who work on it.
 KEPT = {

@@ -255,6 +255,7 @@ def all_tasks() -> Iterator[tuple[Path, dict[str, Any], bool]]:
 def words(value: object) -> set[str]:
     text = value if isinstance(value, str) else json.dumps(value)
     text = re.sub(r"\b\w+ \| length\b", "", text)  # which says whether there is one
+    text = re.sub(r"/\w+", "", text)  # the name of a file
     # Not those of a sentence in an expression, which only speaks of a secret.
     text = re.sub(r"'[^']*'", lambda quoted: "" if " " in quoted[0] else quoted[0], text)
     return set(re.findall(r"\w+", text))

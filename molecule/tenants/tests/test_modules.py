@@ -422,3 +422,21 @@ def test_time_grows_with_what_changes(capsys: pytest.CaptureFixture[str]) -> Non
     with capsys.disabled():
         print("", *shown, sep="\n")
     assert took[200] < took[1] + 15
+
+
+# --- the playbooks ------------------------------------------------------------------------------------------
+
+
+def test_playbooks_apply_and_show() -> None:
+    support.apply("tenants")
+    again = support.apply("tenants", "--check", "--diff")
+    assert again.total("changed") == 0
+    shown = support.apply("tenants_report")
+    assert shown.total("changed") == 0
+    for run in (again, shown):
+        assert re.search(r"^ +team, key +state +spend +tokens rpm/tpm/par used$", run.output, re.MULTILINE)
+        assert max(map(len, re.findall(r"^ {8}(.*)$", run.output, re.MULTILINE))) <= 72
+    wrong = support.play("tenants", variables={"serving_tenants": [{"team": TEAM, "max_bugdet": 5}]})
+    assert wrong.code != 0
+    assert "do you mean max_budget?" in wrong.output
+    assert wrong.total("changed") == 0

@@ -15,7 +15,7 @@ extends_documentation_fragment:
   - llmfleet.serving.attributes.info
 options:
   ports:
-    description: The ports of the two instances C(litellm@<port>.service).
+    description: The ports of the two instances C(litellm@<port>.service). Others that have a folder are looked at too.
     type: list
     elements: int
     required: true
@@ -92,7 +92,7 @@ migrated:
   returned: always
   type: str
 instances:
-  description: What there is of each instance, in the order of O(ports).
+  description: What there is of each instance, in the order of O(ports), and of those that had other ports.
   returned: always
   type: list
   elements: dict
@@ -224,7 +224,9 @@ def main() -> None:
         supports_check_mode=True,
     )
     asked = module.params
-    ports, config_dir, root = asked["ports"], Path(asked["config_dir"]), Path(asked["root"])
+    config_dir, root = Path(asked["config_dir"]), Path(asked["root"])
+    former = sorted(int(path.name) for path in config_dir.glob("*") if path.name.isdigit())
+    ports = list(dict.fromkeys([*asked["ports"], *former]))
     command = ("systemctl", "show", "--timestamp=us+utc", "--property", ",".join(SHOWN), *map(unit_name, ports))
     units = parse_show(output(module, *command))
     ours = serving(units.values())
@@ -236,7 +238,7 @@ def main() -> None:
         free_bytes=free_bytes(root),
         missing_packages=missing_packages(module, asked["packages"]) if asked["packages"] else [],
         package_lists=has_package_lists(APT_LISTS),
-        taken_ports=taken_ports(ports, is_litellm, PROC),
+        taken_ports=taken_ports(asked["ports"], is_litellm, PROC),
         environments={path.name: (path / "recipe.txt").exists() for path in sorted(root.glob("*-*"))},
         migrated=(content(config_dir / "migrated") or "").strip(),
         instances=[instance(unit, config_dir / str(port)) for port, unit in units.items()],

@@ -178,6 +178,13 @@ def test_a_former_instance_that_ends_what_it_has(host: Host) -> None:
     assert (found["serving"], found["unfinished"]) == (4001, False)
 
 
+def test_an_instance_with_a_port_of_before_is_seen(host: Host) -> None:
+    host.files(4500)
+    host.unit(4500)
+    found = host.look()
+    assert (found["serving"], [each["port"] for each in found["instances"]]) == (4500, [4000, 4001, 4500])
+
+
 def test_another_salt_key_is_seen(host: Host) -> None:
     host.files(4000, salt="another salt key")
     assert host.look()["salt_key_differs"] is True

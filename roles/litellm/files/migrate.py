@@ -9,4 +9,7 @@ from litellm_proxy_extras import utils
 
 # Where the URL names a socket, its own checks would look for the database on localhost.
 utils.LIBPQ_URL_PARAMS |= {"host"}
-sys.exit(not utils.ProxyExtrasDBManager.run_migration_job(use_migrate=True, use_v2_resolver=True))
+try:
+    sys.exit(not utils.ProxyExtrasDBManager.run_migration_job(use_migrate=True, use_v2_resolver=True))
+except RuntimeError as error:
+    sys.exit(str(error))

@@ -43,7 +43,7 @@ from ansible_collections.llmfleet.serving.plugins.module_utils._names import MAX
 
 KEY = re.compile(r"[A-Za-z0-9._~+/=-]+")  # RFC 6750's b64token, which needs no quoting in nginx
 KEY_MIN_LENGTH = 20
-KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,128}")  # a tenant's is team/name
+KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/@-]{0,159}")  # a tenant's is team/name
 SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
 MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 SERVER = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?):([0-9]{1,5})")
@@ -145,7 +145,7 @@ def _keys(settings: dict[str, Any]) -> Iterator[str]:
             None if entry.get(part) is None else str(entry[part]) for part in ("name", "key", "sha256")
         )
         if not KEY_NAME.fullmatch(name or ""):
-            yield f"{where}.name is {name!r}: use up to 129 of A-Z a-z 0-9 . _ / -, the first a letter or digit."
+            yield f"{where}.name is {name!r}: use up to 160 of A-Z a-z 0-9 . _ / @ -, the first a letter or digit."
         if (key is None) == (sha256 is None):
             yield f"{where} needs either key or sha256, and not both."
             continue

@@ -22,6 +22,7 @@ class FilterModule:
     def filters(self) -> dict[str, Any]:
         return {
             "tenant_names": _tenants.names,
+            "tenant_probe": _tenants.probe,
             "tenant_problems": tenant_problems,
             "tenant_secrets": _tenants.secret_names,
             "tenants_table": tenants_table,

@@ -153,8 +153,8 @@ def database_problems(url: str) -> Iterator[str]:
 # --- the configuration ---------------------------------------------------------------------------------------
 
 
-def deployments(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One entry of LiteLLM's ``model_list`` for each replica of each model."""
+def deployments(models: Sequence[Mapping[str, Any]], prices: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+    """One entry of LiteLLM's ``model_list`` for each replica of each model. ``prices`` are per million tokens."""
     return [
         {
             "model_name": model["model"],
@@ -162,12 +162,14 @@ def deployments(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "model": f"hosted_vllm/{model['model']}",
                 "api_base": f"http://{server}/v1",
                 "api_key": "os.environ/LITELLM_BACKEND_KEY",
-                **{f"{what}_cost_per_token": float(prices.get(what) or 0) / MILLION for what in ("input", "output")},
+                **{
+                    f"{what}_cost_per_token": prices.get(model["model"], {}).get(what, 0) / MILLION
+                    for what in ("input", "output")
+                },
             },
             "model_info": {"id": f"{model['model']}@{server}", "mode": MODES[model.get("kind") or "completion"]},
         }
         for model in models
-        for prices in [model.get("prices") or {}]
         for server in model["servers"]
     ]
 
@@ -185,7 +187,7 @@ def config(settings: Mapping[str, Any]) -> dict[str, Any]:
     if settings["redis"]:
         general["coordination_redis"] = {"url": "os.environ/LITELLM_REDIS_URL"}
     made = {
-        "model_list": deployments(settings["litellm_models"]),
+        "model_list": deployments(settings["litellm_models"], settings["litellm_prices"]),
         "router_settings": {
             "routing_strategy": "simple-shuffle",
             # LiteLLM tries again only what has not yet given a token.
@@ -221,6 +223,7 @@ def problems(settings: Mapping[str, Any]) -> list[str]:
     return [
         *_version(settings),
         *_models(settings["litellm_models"]),
+        *_prices(settings),
         *_fallbacks(settings),
         *_secrets(settings),
         *database_problems(settings["litellm_database_url"]),
@@ -266,14 +269,21 @@ def _models(models: Sequence[Mapping[str, Any]]) -> Iterator[str]:
                 yield (
                     f"litellm_models has a server {server!r} for the model {name!r}: write host:port or [address]:port."
                 )
-        for what, price in (model.get("prices") or {}).items():
+
+
+def _prices(settings: Mapping[str, Any]) -> Iterator[str]:
+    known = [model.get("model") for model in settings["litellm_models"]]
+    for model, prices in settings["litellm_prices"].items():
+        if model not in known:
+            yield f"litellm_prices has {model!r}, which no engine serves: the models are {', '.join(map(str, known))}."
+        if not isinstance(prices, Mapping):
+            yield f"litellm_prices has {prices!r} for {model!r}: give {{input: 0.15, output: 0.60}}, per million tokens."
+            continue
+        for what, price in prices.items():
             if what not in ("input", "output"):
-                yield f"The prices of the model {name!r} have {what!r}: give input and output, per million tokens."
+                yield f"litellm_prices has {what!r} for {model!r}: give input and output, per million tokens."
             elif isinstance(price, bool) or not isinstance(price, (int, float)) or not 0 <= price < float("inf"):
-                yield (
-                    f"The {what} price of the model {name!r} is {price!r}: "
-                    "give a number of at least 0, per million tokens."
-                )
+                yield f"litellm_prices has {price!r} as the {what} of {model!r}: give a number, per million tokens."
 
 
 def _fallbacks(settings: Mapping[str, Any]) -> Iterator[str]:

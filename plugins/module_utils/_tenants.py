@@ -327,6 +327,21 @@ def with_keys(tenants: Sequence[Mapping[str, Any]], found: Mapping[str, str]) ->
     ]
 
 
+def probe(tenants: Sequence[Mapping[str, Any]], models: Sequence[str]) -> dict[str, Any]:
+    """The key that may use the most of the models, and which these are. ``tenants`` are with their keys."""
+    usable = [
+        {"key": key["key"], "models": [name for name in models if _may(team, name) and _may(key, name)]}
+        for team in tenants
+        for key in team.get("keys") or ()
+        if {team.get("state", "present"), key.get("state", "present")} == {"present"}
+    ]
+    return max(usable, key=lambda each: len(each["models"]), default={"key": "", "models": []})
+
+
+def _may(entry: Mapping[str, Any], model: str) -> bool:
+    return not entry.get("models") or model in entry["models"]
+
+
 def _needs_key(team: Mapping[str, Any], key: Mapping[str, Any]) -> bool:
     return not key.get("key") and "absent" not in (team.get("state"), key.get("state"))
 

@@ -277,7 +277,7 @@ def _prices(settings: Mapping[str, Any]) -> Iterator[str]:
         if model not in known:
             yield f"litellm_prices has {model!r}, which no engine serves: the models are {', '.join(map(str, known))}."
         if not isinstance(prices, Mapping):
-            yield f"litellm_prices has {prices!r} for {model!r}: give {{input: 0.15, output: 0.60}}, per million tokens."
+            yield f"litellm_prices has {prices!r} for {model!r}: give {{input: 0.15, output: 0.6}}, per million."
             continue
         for what, price in prices.items():
             if what not in ("input", "output"):

@@ -153,7 +153,9 @@ def database_problems(url: str) -> Iterator[str]:
 # --- the configuration ---------------------------------------------------------------------------------------
 
 
-def deployments(models: Sequence[Mapping[str, Any]], prices: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+def deployments(
+    models: Sequence[Mapping[str, Any]], prices: Mapping[str, Mapping[str, float]], drained: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """One entry of LiteLLM's ``model_list`` for each replica of each model. ``prices`` are per million tokens."""
     return [
         {
@@ -171,6 +173,7 @@ def deployments(models: Sequence[Mapping[str, Any]], prices: Mapping[str, Mappin
         }
         for model in models
         for server in model["servers"]
+        if server not in drained
     ]
 
 
@@ -187,7 +190,7 @@ def config(settings: Mapping[str, Any]) -> dict[str, Any]:
     if settings["redis"]:
         general["coordination_redis"] = {"url": "os.environ/LITELLM_REDIS_URL"}
     made = {
-        "model_list": deployments(settings["litellm_models"], settings["litellm_prices"]),
+        "model_list": deployments(settings["litellm_models"], settings["litellm_prices"], settings["litellm_drained"]),
         "router_settings": {
             "routing_strategy": "simple-shuffle",
             # LiteLLM tries again only what has not yet given a token.
@@ -224,6 +227,7 @@ def problems(settings: Mapping[str, Any]) -> list[str]:
         *_version(settings),
         *_models(settings["litellm_models"]),
         *_prices(settings),
+        *_drained(settings),
         *_fallbacks(settings),
         *_secrets(settings),
         *database_problems(settings["litellm_database_url"]),
@@ -284,6 +288,13 @@ def _prices(settings: Mapping[str, Any]) -> Iterator[str]:
                 yield f"litellm_prices has {what!r} for {model!r}: give input and output, per million tokens."
             elif isinstance(price, bool) or not isinstance(price, (int, float)) or not 0 <= price < float("inf"):
                 yield f"litellm_prices has {price!r} as the {what} of {model!r}: give a number, per million tokens."
+
+
+def _drained(settings: Mapping[str, Any]) -> Iterator[str]:
+    servers = [server for model in settings["litellm_models"] for server in model["servers"]]
+    for server in settings["litellm_drained"]:
+        if server not in servers:
+            yield f"litellm_drained has {server!r}: use servers of litellm_models, which are {', '.join(servers)}."
 
 
 def _fallbacks(settings: Mapping[str, Any]) -> Iterator[str]:

@@ -40,6 +40,12 @@ class Unit:
         return self.state == "deactivating"
 
 
+def drained(config: str) -> list[str]:
+    """The servers that the role has written into the head of the configuration."""
+    match = re.search(r"^# drained: (.+)$", config, re.MULTILINE)
+    return match[1].split() if match else []
+
+
 def unit_name(port: int) -> str:
     return f"litellm@{port}.service"
 

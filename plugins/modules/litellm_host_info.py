@@ -122,6 +122,11 @@ serving:
   description: The port of the instance that serves, V(0) where none does.
   returned: always
   type: int
+drained:
+  description: The servers that the instance that serves is to leave alone, as C(playbooks/drain.yml) has told it.
+  returned: always
+  type: list
+  elements: str
 unfinished:
   description: Whether a switch to the instance that serves has been cut short, or it does not run.
   returned: always
@@ -162,6 +167,7 @@ from ansible_collections.llmfleet.serving.plugins.module_utils._host import (
 from ansible_collections.llmfleet.serving.plugins.module_utils._litellm_host import (
     SHOWN,
     Unit,
+    drained,
     parse_show,
     serving,
     unit_name,
@@ -243,6 +249,7 @@ def main() -> None:
         migrated=(content(config_dir / "migrated") or "").strip(),
         instances=[instance(unit, config_dir / str(port)) for port, unit in units.items()],
         serving=ours.port if ours else 0,
+        drained=drained(content(config_dir / str(ours.port) / "config.yaml") or "") if ours else [],
         unfinished=ours is not None and (not ours.running or sum(unit.enabled for unit in units.values()) > 1),
         unit=digest(Path(asked["unit"])),
         salt_key_differs=any(has_other_salt(config_dir / str(port), asked["salt_key"]) for port in ports),

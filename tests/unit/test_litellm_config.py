@@ -28,6 +28,7 @@ def settings(**changes: Any) -> dict[str, Any]:
             },
             {"model": "embed", "servers": ["gpu-1:8001"], "kind": "embedding"},
         ],
+        "litellm_drained": [],
         "litellm_prices": {"qwen": {"input": 0.15, "output": 0.6}},
         "litellm_backend_key": SECRET,
         "litellm_master_key": "sk-" + "m" * 20,
@@ -78,6 +79,11 @@ def test_every_replica_is_a_deployment() -> None:
     ]
     assert len({entry["model_info"]["id"] for entry in found}) == 3
     assert [entry["model_info"]["mode"] for entry in found] == ["chat", "chat", "embedding"]
+
+
+def test_drained_server_gets_nothing() -> None:
+    found = [entry["model_info"]["id"] for entry in config(litellm_drained=["10.0.0.1:8000"])["model_list"]]
+    assert found == ["qwen@[fd77::1]:8000", "embed@gpu-1:8001"]
 
 
 def test_prices_are_per_token_and_nothing_without_one() -> None:
@@ -246,6 +252,7 @@ def test_nothing_is_wrong() -> None:
         ({"litellm_prices": {"qwen": {"output": "0.5"}}}, ["'0.5'"]),
         ({"litellm_prices": {"qwen": {"cached": 1}}}, ["cached"]),
         ({"litellm_prices": {"qwen": 1}}, ["1 for 'qwen'"]),
+        ({"litellm_drained": ["10.0.0.9:8000"]}, ["litellm_drained has '10.0.0.9:8000'", "10.0.0.1:8000"]),
         ({"litellm_prices": {"other": {}}}, ["'other', which no engine serves"]),
         ({"litellm_fallbacks": {"other": ["qwen"]}}, ["'other'"]),
         ({"litellm_fallbacks": {"qwen": ["other"]}}, ["'other'"]),

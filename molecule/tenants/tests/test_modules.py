@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import secrets
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,23 @@ import pytest
 import support
 from testinfra.host import Host
 
-GATEWAY = os.environ.get("LLMFLEET_GATEWAY_HOST", "gw")
-URL = os.environ.get("LLMFLEET_LITELLM", "http://127.0.0.1:4000")
+GATEWAY = "gw"
 TEAM = "trial"
 HUGE = "x" * 100_000
 
 
 def master_key() -> str:
-    return os.environ.get("LLMFLEET_MASTER_KEY") or f"sk-{support.secret('litellm_master_key')}"
+    return support.secret("litellm_master_key")
+
+
+@cache
+def url() -> str:
+    """Of the instance that serves."""
+    ports = (4000, 4001)
+    gateway = support.host(GATEWAY)
+    return next(
+        f"http://127.0.0.1:{port}" for port in ports if gateway.run(f"systemctl is-enabled litellm@{port}").rc == 0
+    )
 
 
 def new_key() -> str:
@@ -47,7 +56,7 @@ def modules(
     """What modules of the collection answer on the gateway, one after the other, and all that Ansible says."""
     with tempfile.TemporaryDirectory() as folder:
         answers = Path(folder) / "answers.json"
-        access = {"url": URL, "master_key": master_key()}
+        access = {"url": url(), "master_key": master_key()}
         tasks = [
             f"{{name: Call, llmfleet.serving.{name}: {literal({**access, **options})}, "
             f"register: answer{number}, ignore_errors: true}}"
@@ -114,7 +123,7 @@ def ask(gateway: Host, key: str, path: str = "/v1/models", body: dict[str, Any] 
         "try:\n    a = u.urlopen(r, timeout=60)\n    print(json.dumps([a.status, json.load(a)]))\n"
         "except urllib.error.HTTPError as e:\n    print(json.dumps([e.code, e.read().decode()]))\n"
     )
-    asked = json.dumps([URL + path, key, body])
+    asked = json.dumps([url() + path, key, body])
     status, answer = json.loads(gateway.check_output("printf %%s %s | python3 -c %s", asked, program))
     return status, answer
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import openai
 import pytest
 import support
@@ -183,7 +182,7 @@ def test_litellm_that_is_killed_comes_back(gateway: Host, api: OpenAI) -> None:
     def listen() -> None:
         try:
             support.stream(api.with_options(api_key=key("apps", "chat")), "tiny", 1500)
-        except (openai.APIError, httpx.HTTPError, AssertionError) as error:
+        except Exception as error:
             cut.append(error)
 
     stream = threading.Thread(target=listen)

@@ -95,7 +95,7 @@ def _names(settings: dict[str, Any]) -> Iterator[str]:
                 f"The certificate is to be for {name}, and certbot asks for DNS names only: give the service one "
                 "(nginx_server_name), or use another nginx_certificate_source."
             )
-        elif not is_dns_name(name.removeprefix("*.")):
+        elif not is_dns_name(re.sub(r"\A\*\.", "w.", name)):
             yield f"certbot_names has {name!r}: write a DNS name, without scheme or port."
         elif "." not in name and settings["certbot_server"] == LETS_ENCRYPT:
             yield f"certbot_names has {name!r}: Let's Encrypt signs full names only, as llm.example.org."

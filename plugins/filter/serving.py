@@ -8,6 +8,7 @@ import difflib
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def disk_needs(
     }
 
 
+@cache
 def declared_options() -> dict[str, dict[str, Any]]:
     """Every variable that a role's argument_specs declares, with what they say of it."""
     declared: dict[str, dict[str, Any]] = {}

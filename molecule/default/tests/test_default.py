@@ -189,8 +189,9 @@ def test_flag_that_vllm_does_not_know_leaves_the_service_as_it_is(host: Host, mo
     wrong = {**models["tiny"], "flags": {"max_modle_len": 1}}
     run = support.play("site", variables={"vllm_models": [wrong]})
     assert run.code != 0
-    assert "unrecognized arguments: --max-modle-len" in run.output
-    assert "Do you mean --max-model-len?" in run.output
+    said = " ".join(run.output.split())
+    assert "unrecognized arguments: --max-modle-len" in said
+    assert "Do you mean --max-model-len?" in said
     assert main_pid(host) == before
     assert support.apply("site").total("changed") == 0
 

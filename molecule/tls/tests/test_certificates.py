@@ -63,6 +63,11 @@ def served(name: str = support.NAME) -> x509.Certificate:
         return x509.load_der_x509_certificate(secure.getpeercert(True))
 
 
+def replaced(serial_number: int) -> None:
+    """By another certificate. A former worker of nginx takes connections for a moment after the reload."""
+    support.wait_until(lambda: served().serial_number != serial_number, 5)
+
+
 def names(certificate: x509.Certificate) -> list[str]:
     extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
     return sorted(extension.value.get_values_for_type(x509.DNSName))
@@ -148,11 +153,11 @@ def test_renewal_cuts_no_stream(gateway: Host) -> None:
         threads = [threading.Thread(target=client) for _ in range(3)]
         for thread in threads:
             thread.start()
+            time.sleep(0.7)  # so that they do not end at the same time
         try:
-            time.sleep(1)
             gateway.check_output("systemctl start certbot.service")
             reloaded = time.monotonic()
-            assert served().serial_number != before
+            replaced(before)
         finally:
             renewed.set()
             for thread in threads:
@@ -175,7 +180,7 @@ def test_failing_hook_is_seen_and_made_up_for(gateway: Host) -> None:
     finally:
         gateway.check_output(f"rm {BROKEN_SITE}")
     assert watch(gateway)[0]
-    assert served().serial_number != before
+    replaced(before)
 
 
 def test_run_that_changes_nothing_asks_the_acme_server_nothing(gateway: Host, out: Host) -> None:
@@ -240,7 +245,7 @@ def test_challenge_by_dns_brings_a_wildcard(gateway: Host, out: Host) -> None:
     due(gateway)
     before = served().serial_number
     gateway.check_output("systemctl start certbot.service")
-    assert served().serial_number != before
+    replaced(before)
     # nothing of the challenge is left in the zone
     assert out.check_output(f"dig +short @{OUT} _acme-challenge.example.test TXT") == ""
 

@@ -15,7 +15,13 @@ from typing import Any
 import jinja2
 import yaml
 from ansible.errors import AnsibleFilterError
-from ansible_collections.llmfleet.serving.plugins.module_utils import _firewall, _models, _plans, _postgresql
+from ansible_collections.llmfleet.serving.plugins.module_utils import (
+    _firewall,
+    _models,
+    _plans,
+    _postgresql,
+    _tenants,
+)
 from ansible_collections.llmfleet.serving.plugins.module_utils._planner import report
 
 OF_NO_ROLE = {
@@ -149,6 +155,14 @@ def plan_page(hosts: Mapping[str, Mapping[str, Any]]) -> str:
     return environment.get_template("plan.html.j2").render(report.page(hosts)) + "\n"
 
 
+def tenant_problems(tenants: Any, models: Sequence[str] | None = None) -> list[str]:
+    return _tenants.tenant_problems(tenants, models)
+
+
+def tenants_table(report: Mapping[str, Any], width: int = 80) -> list[str]:
+    return _tenants.table(report, int(width))
+
+
 class FilterModule:
     def filters(self) -> dict[str, Any]:
         return {
@@ -171,6 +185,12 @@ class FilterModule:
             "postgresql_problems": _postgresql.problems,
             "postgresql_tuning": _postgresql.tuning,
             "probes": _models.probes,
+            "tenant_names": _tenants.names,
+            "tenant_probe": _tenants.probe,
+            "tenant_problems": tenant_problems,
+            "tenant_secrets": _tenants.secret_names,
+            "tenants_table": tenants_table,
+            "tenants_with_keys": _tenants.with_keys,
             "unknown_variables": unknown_variables,
             "version_findings": _models.version_findings,
             "watched": _models.watched,

@@ -313,13 +313,13 @@ def names(tenants: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def with_keys(tenants: Sequence[Mapping[str, Any]], found: Mapping[str, str]) -> list[dict[str, Any]]:
+def with_keys(tenants: Sequence[Mapping[str, Any]], secrets: Mapping[str, str]) -> list[dict[str, Any]]:
     """The tenants with the keys from the secrets folder, where they have none of their own."""
     return [
         {
             **team,
             "keys": [
-                {**key, "key": found[secret_name(team["team"], key["name"])]} if _needs_key(team, key) else dict(key)
+                {**key, "key": secrets[secret_name(team["team"], key["name"])]} if _needs_key(team, key) else dict(key)
                 for key in team.get("keys") or ()
             ],
         }

@@ -4,19 +4,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
+from ansible_collections.llmfleet.serving.plugins.filter import serving
+from ansible_collections.llmfleet.serving.plugins.module_utils import _tenants
 from hypothesis import given
 from hypothesis import strategies as st
-
-filters = (
-    importlib.import_module("ansible_collections.llmfleet.serving.plugins.filter.tenants").FilterModule().filters()
-)
-tenant_problems, tenants_table = filters["tenant_problems"], filters["tenants_table"]
 
 KEY = "sk-0123456789-abcdefghij"
 OTHER = "sk-0123456789-ABCDEFGHIJ"
@@ -51,8 +47,8 @@ def test_what_is_right_has_no_problems() -> None:
         {"team": "sales.eu"},
         {"team": "old", "state": "absent"},
     ]
-    assert tenant_problems(tenants, ["qwen", "tiny"]) == []
-    assert tenant_problems([]) == []
+    assert serving.tenant_problems(tenants, ["qwen", "tiny"]) == []
+    assert serving.tenant_problems([]) == []
 
 
 @pytest.mark.parametrize(
@@ -123,7 +119,7 @@ def test_what_is_right_has_no_problems() -> None:
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
 def test_problems_name_the_place_and_the_remedy(tenants: Any, problem: str) -> None:
-    found = tenant_problems(tenants, ["qwen", "tiny"])
+    found = serving.tenant_problems(tenants, ["qwen", "tiny"])
     assert any(problem in each for each in found), found
     for secret in (KEY, OTHER, "12345678901234567890", "0123456789-abc"):
         assert secret not in str(found)
@@ -141,7 +137,7 @@ fields = st.sampled_from(
 
 @given(anything | st.lists(st.dictionaries(fields, anything | st.lists(st.dictionaries(fields, anything)))))
 def test_anything_at_all_ends_in_sentences(tenants: Any) -> None:
-    for problem in tenant_problems(tenants, ["qwen"]):
+    for problem in serving.tenant_problems(tenants, ["qwen"]):
         assert problem.startswith("serving_tenants")
         assert problem.isascii()
         assert problem.isprintable()
@@ -157,11 +153,11 @@ def test_keys_come_from_the_secrets_folder() -> None:
         {"team": "old", "state": "absent", "keys": [{"name": "x"}]},
         {"team": "none"},
     ]
-    assert filters["tenant_secrets"](tenants) == ["key_sales-eu_bot"]
-    whole = filters["tenants_with_keys"](tenants, {"key_sales-eu_bot": OTHER})
+    assert _tenants.secret_names(tenants) == ["key_sales-eu_bot"]
+    whole = _tenants.with_keys(tenants, {"key_sales-eu_bot": OTHER})
     assert [each.get("key") for each in whole[0]["keys"]] == [OTHER, KEY, None]
     assert [each["keys"] for each in whole[1:]] == [[{"name": "x"}], []]
-    assert filters["tenant_names"](tenants)[:3] == ["sales.eu", "sales.eu/bot", "sales.eu/own"]
+    assert _tenants.names(tenants)[:3] == ["sales.eu", "sales.eu/bot", "sales.eu/own"]
 
 
 # --- the report ---------------------------------------------------------------------------------------------
@@ -188,7 +184,7 @@ def report() -> dict[str, Any]:
 
 
 def test_table() -> None:
-    assert tenants_table(report()) == [
+    assert serving.tenants_table(report()) == [
         "team, key                state    spend                 tokens rpm/tpm/par used",
         "-" * 80,
         "research                 active   12.35/50 30d   [#...] 1.2M   600/200k/-  3m",
@@ -204,7 +200,7 @@ def test_table() -> None:
 
 
 def test_table_says_where_there_is_nothing() -> None:
-    assert tenants_table({"teams": [], "keys": []})[-1] == "LiteLLM has no teams and no keys."
+    assert serving.tenants_table({"teams": [], "keys": []})[-1] == "LiteLLM has no teams and no keys."
 
 
 @given(st.integers(72, 200), st.text(max_size=90), st.floats(0, 1e15), st.integers(0, 10**15))
@@ -212,5 +208,23 @@ def test_no_line_of_the_table_is_longer(width: int, name: str, spend: float, tok
     whole = report()
     whole["teams"][0] |= {"name": name, "spend": spend, "max_budget": 1e9, "tpm_limit": 10**11}
     whole["keys"][0] |= {"team": name, "tokens": tokens, "last_used": "1970-01-01T00:00:00Z"}
-    lines = tenants_table(json.loads(json.dumps(whole)), width)
+    lines = serving.tenants_table(json.loads(json.dumps(whole)), width)
     assert all(len(line) <= width and line.isascii() and (line.isprintable() or not line) for line in lines)
+
+
+def test_probe_takes_the_key_that_may_use_the_most() -> None:
+    """Of those that are neither blocked nor absent, and within what their team may use."""
+    tenants = [
+        {"team": "a", "state": "blocked", "keys": [{"name": "all", "key": "sk-blocked-team"}]},
+        {
+            "team": "b",
+            "models": ["qwen", "llama"],
+            "keys": [
+                {"name": "one", "key": "sk-one", "models": ["qwen"]},
+                {"name": "gone", "key": "sk-gone", "state": "absent"},
+                {"name": "both", "key": "sk-both"},
+            ],
+        },
+    ]
+    assert _tenants.probe(tenants, ["qwen", "llama", "other"]) == {"key": "sk-both", "models": ["qwen", "llama"]}
+    assert _tenants.probe(tenants[:1], ["qwen"]) == {"key": "", "models": []}

@@ -201,7 +201,7 @@ def config(settings: Mapping[str, Any]) -> dict[str, Any]:
             "fallbacks": [{model: others} for model, others in settings["litellm_fallbacks"].items()],
         },
         "litellm_settings": {
-            "callbacks": ["prometheus"],
+            "callbacks": ["prometheus", "llmfleet_usage.continuous_usage"],
             "request_timeout": settings["litellm_request_timeout"],
             "turn_off_message_logging": True,
         },

@@ -6,7 +6,7 @@ import copy
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,6 +20,7 @@ from testinfra.host import Host
 GATEWAY, ENGINE = "10.77.6.10", "10.77.6.11"
 METRICS = {"tiny": f"http://{ENGINE}:8000/metrics", "second": f"http://{ENGINE}:8001/metrics"}
 DECLARED = yaml.safe_load((support.INVENTORY / "hosts.yml").read_text())["all"]["vars"]["serving_tenants"]
+PRICE = 2e-6  # of a token that tiny says
 BATCH_SECONDS = 10  # litellm_batch_write_seconds
 
 
@@ -75,7 +76,7 @@ def spend(gateway: Host, alias: str) -> float:
 
 
 def serving(gateway: Host) -> str:
-    return gateway.check_output("systemctl list-unit-files --state=enabled 'litellm@4*' | grep -o '4[0-9]*'")
+    return next(port for port in ("4000", "4001") if gateway.run(f"systemctl is-enabled litellm@{port}").rc == 0)
 
 
 # --- what each may do -----------------------------------------------------------------------------------------
@@ -100,59 +101,44 @@ def test_answer_streams_through_litellm(api: OpenAI) -> None:
     assert len({round(when, 3) for when, _ in pieces}) > 16
 
 
-def test_key_is_created_changed_blocked_and_deleted(api: OpenAI, tenants: list[dict[str, Any]]) -> None:
-    tenants[1]["keys"].append({"name": "extra"})
-    assert apply(tenants).total("changed") > 0
-    extra = key("apps", "extra")
-    assert ask(api, extra) == 200
-    assert apply(tenants).total("changed") == 0
-    tenants[1]["keys"][-1]["models"] = ["second"]
-    apply(tenants)
-    assert ask(api, extra) in (401, 403)
-    tenants[1]["keys"][-1]["state"] = "blocked"
-    apply(tenants)
-    assert ask(api, extra, "second") == 401
-    del tenants[1]["keys"][-1]
-    apply(tenants)
-    assert ask(api, extra, "second") == 401
-
-
-def test_key_is_rotated_with_an_overlap(api: OpenAI, tenants: list[dict[str, Any]]) -> None:
+def test_keys_are_changed_blocked_rotated_and_deleted(api: OpenAI, tenants: list[dict[str, Any]]) -> None:
     old, new = key("apps", "chat"), "sk-" + "another-key-of-the-apps-" * 2
-    tenants[1]["keys"][0]["key"] = new
+    changing, leaving = key("apps", "changing"), key("apps", "leaving")
+    assert (ask(api, changing), ask(api, leaving)) == (200, 200)
+    mine = {entry["name"]: entry for entry in tenants[1]["keys"]}
+    mine["chat"]["key"] = new
+    mine["changing"]["models"] = ["second"]
+    mine["leaving"]["state"] = "blocked"
     apply(tenants, serving_tenants_overlap=3600)
     assert (ask(api, old), ask(api, new)) == (200, 200)
-    tenants[1]["keys"][0]["key"] = old
+    assert ask(api, changing) == 403
+    assert ask(api, leaving) == 401
+    tenants[1]["keys"].remove(mine["leaving"])
+    mine["chat"]["key"] = old
     apply(tenants, serving_tenants_overlap=0)
     assert (ask(api, old), ask(api, new)) == (200, 401)
+    assert ask(api, changing, "second") == 200
+    assert ask(api, leaving) == 401
 
 
-def test_budget_comes_to_its_end(gateway: Host, api: OpenAI, tenants: list[dict[str, Any]]) -> None:
-    tenants[1]["keys"].append({"name": "poor", "max_budget": 0.0001})  # 50 tokens of answers
-    apply(tenants)
+def test_budget_comes_to_its_end(gateway: Host, api: OpenAI) -> None:
     poor = key("apps", "poor")
-    assert ask(api, poor, tokens=64) == 200
-    support.wait_until(lambda: spend(gateway, "apps/poor") > 0.0001, 3 * BATCH_SECONDS)
-    support.wait_until(lambda: ask(api, poor) != 200, 90)
-    assert ask(api, poor) in (400, 422, 429)
+    assert ask(api, poor, tokens=64) == 200  # a budget for 50
+    support.wait_until(lambda: spend(gateway, "apps/poor") > 0.0001, 6 * BATCH_SECONDS)
+    support.wait_until(lambda: ask(api, poor) == 422, 90)
     assert ask(api, key("apps", "chat")) == 200
 
 
-@pytest.mark.parametrize("limit", [{"rpm_limit": 10}, {"tpm_limit": 400}])
-def test_limit_holds_across_workers(api: OpenAI, tenants: list[dict[str, Any]], limit: dict[str, int]) -> None:
-    name = next(iter(limit)).replace("_", "-")
-    tenants[1]["keys"].append({"name": name, **limit})
-    apply(tenants)
-    limited = key("apps", name)
-    time.sleep(61 - time.time() % 60)  # limits count by the clock's minute
-    with ThreadPoolExecutor(4) as pool:
-        found = Counter(pool.map(lambda _: ask(api, limited, tokens=16), range(30)))
-    print(limit, dict(found))
-    assert set(found) == {200, 429}
-    if "rpm_limit" in limit:
-        assert found[200] == 10
-    else:
-        assert found[200] <= 400 // 16 + 4
+def test_limits_hold_across_workers(api: OpenAI) -> None:
+    """Of requests exactly; of tokens nearly, for what a request takes is known only when it ends."""
+    for name, least, most in (("rpm", 10, 10), ("tpm", 10, 400 // 16 + 4)):
+        limited = key("apps", name)
+        time.sleep(61 - time.time() % 60)  # limits count by the clock's minute
+        with ThreadPoolExecutor(4) as pool:
+            found = Counter(pool.map(lambda _, limited=limited: ask(api, limited, tokens=16), range(40)))
+        print(f"{name}: {dict(found)}")
+        assert set(found) == {200, 429}
+        assert least <= found[200] <= most
 
 
 # --- faults ---------------------------------------------------------------------------------------------------
@@ -173,7 +159,7 @@ def test_database_that_is_away(gateway: Host, api: OpenAI) -> None:
     print("while PostgreSQL was away:", dict(answers))
     assert answers[200] == 10
     assert ask(api, used) == 200
-    support.wait_until(lambda: spend(gateway, "apps/chat") >= before + 11 * 8 * 2e-6, 6 * BATCH_SECONDS)
+    support.wait_until(lambda: spend(gateway, "apps/chat") >= before + 11 * 8 * PRICE, 6 * BATCH_SECONDS)
 
 
 def test_litellm_that_is_killed_comes_back(gateway: Host, api: OpenAI) -> None:
@@ -204,31 +190,43 @@ def counted(gateway: Host) -> float:
     asked, said = (
         support.metric(gateway, METRICS["tiny"], f"vllm:{kind}_tokens_total") for kind in ("prompt", "generation")
     )
-    return asked * 1e-6 + said * 2e-6
+    return asked * 1e-6 + said * PRICE
+
+
+def cost_of(gateway: Host, requests: Callable[[], None]) -> tuple[float, float]:
+    """What LiteLLM has recorded for the requests, and what they cost by vLLM's counters."""
+    time.sleep(2 * BATCH_SECONDS)
+    spent, counts = spend(gateway, "apps/chat"), counted(gateway)
+    requests()
+    time.sleep(3 * BATCH_SECONDS)
+    return spend(gateway, "apps/chat") - spent, counted(gateway) - counts
 
 
 def test_spend_is_what_vllm_counted(gateway: Host, api: OpenAI) -> None:
-    used = key("apps", "chat")
-    time.sleep(2 * BATCH_SECONDS)
-    spent, cost = spend(gateway, "apps/chat"), counted(gateway)
+    """To the token. Of what is cut that is charged which LiteLLM had, but not what vLLM made until it noticed."""
+    used = api.with_options(api_key=key("apps", "chat"))
+    read = 12
 
-    def one(number: int) -> None:
-        chunks = api.with_options(api_key=used).chat.completions.create(
-            model="tiny",
-            messages=[{"role": "user", "content": f"Say something, for the {number}th time."}],
-            max_tokens=48,
-            temperature=0.8,
-            stream=True,
-            extra_body={"ignore_eos": True},
-        )
-        for count, _ in enumerate(chunks):
-            if number % 5 == 0 and count == 12:
-                chunks.close()
+    def stream(number: int, cut: bool) -> None:
+        what: dict[str, Any] = {"model": "tiny", "max_tokens": 48, "stream": True, "extra_body": {"ignore_eos": True}}
+        text = f"Say something, for the {number}th time."
+        if number % 4:
+            pieces = used.chat.completions.create(messages=[{"role": "user", "content": text}], temperature=0.8, **what)
+        else:
+            pieces = used.completions.create(prompt=text, temperature=0.8, **what)
+        for count, _ in enumerate(pieces):
+            if cut and count == read:
+                pieces.close()
                 break
 
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(one, range(500)))
-    time.sleep(3 * BATCH_SECONDS)
-    spent, cost = spend(gateway, "apps/chat") - spent, counted(gateway) - cost
-    print(f"500 requests, 100 of them cut: vLLM counted {cost:.6f}, LiteLLM recorded {spent:.6f} ({spent / cost:.4f})")
-    assert spent == pytest.approx(cost, rel=0.001)
+    def streams(count: int, cut: bool) -> None:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda number: stream(number, cut), range(count)))
+
+    spent, cost = cost_of(gateway, lambda: streams(400, cut=False))
+    print(f"400 whole streams: vLLM counted {cost:.6f}, LiteLLM recorded {spent:.6f}")
+    assert spent == pytest.approx(cost, rel=1e-9)
+    spent, cost = cost_of(gateway, lambda: streams(100, cut=True))
+    lost = (cost - spent) / PRICE / 100
+    print(f"100 cut streams: vLLM counted {cost:.6f}, LiteLLM recorded {spent:.6f}, {lost:.1f} tokens less for each")
+    assert 100 * read * PRICE <= spent <= cost * (1 + 1e-9)

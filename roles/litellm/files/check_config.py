@@ -9,6 +9,7 @@ import sys
 # LiteLLM reads its environment while it is imported.
 os.environ |= {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_BACKEND_KEY": "of no account"}
 
+import llmfleet_usage  # noqa: F401 - fails where this LiteLLM lacks what it goes into
 import yaml
 from litellm import Router
 from litellm.proxy._types import ConfigYAML

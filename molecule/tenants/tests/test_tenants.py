@@ -75,7 +75,9 @@ def spend(gateway: Host, alias: str) -> float:
 
 
 def serving(gateway: Host) -> str:
-    return gateway.check_output("systemctl list-unit-files --state=enabled 'litellm@4*' | grep -o '4[0-9]*'")
+    return gateway.check_output(
+        "ls /etc/systemd/system/multi-user.target.wants | grep -o '^litellm@4[0-9]*' | cut -c 9-"
+    )
 
 
 # --- what each may do -----------------------------------------------------------------------------------------

@@ -202,6 +202,7 @@ def config(settings: Mapping[str, Any]) -> dict[str, Any]:
         },
         "litellm_settings": {
             "callbacks": ["prometheus", "llmfleet_usage.continuous_usage"],
+            "require_auth_for_metrics_endpoint": False,  # who is on the host may read them; nginx does not pass them on
             "request_timeout": settings["litellm_request_timeout"],
             "turn_off_message_logging": True,
         },

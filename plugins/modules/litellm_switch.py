@@ -125,25 +125,32 @@ class Instance:
     def __init__(self, module: AnsibleModule, port: int):
         self.module, self.port = module, port
         self.url = f"http://127.0.0.1:{port}"
+        self.restarts = 0
 
     def systemctl(self, *arguments: str) -> None:
         self.module.run_command(["systemctl", *arguments], check_rc=True)
 
+    def units(self, *ports: int) -> dict[int, Unit]:
+        command = ["systemctl", "show", "--timestamp=us+utc", "--property", ",".join(SHOWN), *map(unit_name, ports)]
+        return parse_show(self.module.run_command(command, check_rc=True)[1])
+
     def unit(self) -> Unit:
-        command = ["systemctl", "show", "--timestamp=us+utc", "--property", ",".join(SHOWN), unit_name(self.port)]
-        return parse_show(self.module.run_command(command, check_rc=True)[1])[self.port]
+        return self.units(self.port)[self.port]
 
     def start(self, restart: bool) -> None:
-        if restart or self.unit().state in ("failed", "deactivating"):
+        unit = self.unit()
+        if restart or unit.state in ("failed", "deactivating"):
             self.systemctl("stop", unit_name(self.port))
             self.module.run_command(["systemctl", "reset-failed", unit_name(self.port)])
+        else:
+            self.restarts = unit.restarts
         self.systemctl("start", unit_name(self.port))
 
     def wait(self, timeout: int) -> None:
         deadline, why = time.monotonic() + timeout, "it does not answer"
         while True:
             unit = self.unit()
-            if unit.state != "active" or unit.restarts:
+            if unit.state != "active" or unit.restarts > self.restarts:
                 raise NotServingError(f"it has ended ({unit.result})")
             try:
                 why = readiness(*ask(f"{self.url}/health/readiness"))
@@ -172,7 +179,7 @@ class Instance:
             raise NotServingError(f"it is ready, but no model answers: {'; '.join(refusals)}")
         return ""
 
-    def give_up(self, why: str, stop: bool) -> NoReturn:
+    def give_up(self, why: str, stop: bool, others: list[int]) -> NoReturn:
         log = self.module.run_command(
             ["journalctl", "--no-pager", "--output=cat", "--lines", LINES, "--unit", unit_name(self.port)]
         )[1]
@@ -180,7 +187,9 @@ class Instance:
             self.module.run_command(["systemctl", "stop", unit_name(self.port)])
             self.module.run_command(["systemctl", "reset-failed", unit_name(self.port)])
         words = last_words(log)
-        end = "It was stopped, and what served before serves on. " if stop else ""
+        end = "It was stopped. " if stop else ""
+        if others and any(unit.state == "active" for unit in self.units(*others).values()):
+            end += "What served before serves on. "
         self.module.fail_json(
             msg=f"{unit_name(self.port)} cannot serve: {why}. {end}See: journalctl -u {unit_name(self.port)}",
             journal=words,
@@ -211,7 +220,7 @@ def main() -> None:
         instance.wait(asked["timeout"])
         by = instance.answer(models, asked["master_key"])
     except NotServingError as error:
-        instance.give_up(str(error), stop=asked["restart"])
+        instance.give_up(str(error), stop=asked["restart"], others=asked["others"])
     instance.systemctl("enable", unit_name(asked["port"]))
     if asked["others"]:
         instance.systemctl("disable", *map(unit_name, asked["others"]))

@@ -299,8 +299,8 @@ def test_the_new_instance_is_enabled_once_it_has_answered(host: Host, litellm: L
 
 
 def test_an_unfinished_switch_is_ended_without_a_restart(host: Host, litellm: LiteLLM) -> None:
-    host.unit(litellm.port)
-    switch(host, litellm, restart=False)
+    host.unit(litellm.port, NRestarts="1")  # it was killed once
+    assert "failed" not in switch(host, litellm, restart=False)
     assert host.read()["calls"] == [f"start {litellm.port}", f"enable {litellm.port}", "disable 4999"]
 
 
@@ -314,11 +314,12 @@ def test_without_models_to_be_ready_is_enough(host: Host, litellm: LiteLLM) -> N
 
 
 def test_where_no_model_answers_the_former_serves_on(host: Host, litellm: LiteLLM) -> None:
+    host.unit(4999)
     litellm.broken = ("a", "b")
     failed = switch(host, litellm, models=["a", "b"])
     assert failed["failed"] is True
     assert "a: 500: no engine answers; b: 500: no engine answers" in failed["msg"]
-    assert "what served before serves on" in failed["msg"]
+    assert "It was stopped. What served before serves on." in failed["msg"]
     calls = host.read()["calls"]
     assert calls[-2:] == [f"stop {litellm.port}", f"reset-failed {litellm.port}"]
     assert not any(call.startswith(("enable", "disable")) for call in calls)
@@ -329,7 +330,7 @@ def test_an_instance_that_ends_is_not_waited_for(host: Host, litellm: LiteLLM) -
     state = host.read()
     host.write({**state, "started": {"ActiveState": "failed", "Result": "exit-code"}})
     failed = switch(host, litellm)
-    assert "it has ended (exit-code)" in failed["msg"]
+    assert "it has ended (exit-code). It was stopped. See:" in failed["msg"]
 
 
 def test_an_instance_without_a_database_is_given_its_time(host: Host, litellm: LiteLLM) -> None:

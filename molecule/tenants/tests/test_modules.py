@@ -233,9 +233,9 @@ def test_key(gateway: Host, team: str) -> None:
 def test_key_that_was_rotated_ends(gateway: Host, team: str) -> None:
     first, second, third = new_key(), new_key(), new_key()
     ok("litellm_key", team=team, name="ci", key=first)
-    ok("litellm_key", team=team, name="ci", key=second, overlap=10)
+    ok("litellm_key", team=team, name="ci", key=second, overlap=30)
     assert usable(gateway, first)
-    support.wait_until(lambda: usable(gateway, first) is None, 30)
+    support.wait_until(lambda: usable(gateway, first) is None, 60)
     assert ok("litellm_key", team=team, name="ci", key=second)["changes"] == [
         f"key trial/ci@{sha256(first)[:8]}: delete"
     ]

@@ -23,6 +23,9 @@ KEY = re.compile(r"[A-Za-z0-9._~+/=-]{20,}")
 FOLDER = re.compile(r"(/[A-Za-z0-9._-]+)+")
 MODES = {"completion": "chat", "embedding": "embedding"}
 MILLION = 1_000_000
+# What a client can bring about by itself, as by a key or a timeout in the body: no replica is put aside for that.
+CLIENTS_ERRORS = ("Authentication", "BadRequest", "NotFound", "RateLimit", "Timeout")
+NEVER = 10**9
 MAX_PORT = 65535
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 TLS = ("require", "verify-ca", "verify-full")
@@ -154,7 +157,10 @@ def database_problems(url: str) -> Iterator[str]:
 
 
 def deployments(
-    models: Sequence[Mapping[str, Any]], prices: Mapping[str, Mapping[str, float]], drained: Sequence[str] = ()
+    models: Sequence[Mapping[str, Any]],
+    prices: Mapping[str, Mapping[str, float]],
+    allowed_fails: int,
+    drained: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """One entry of LiteLLM's ``model_list`` for each replica of each model. ``prices`` are per million tokens."""
     return [
@@ -169,7 +175,13 @@ def deployments(
                     for what in ("input", "output")
                 },
             },
-            "model_info": {"id": f"{model['model']}@{server}", "mode": MODES[model.get("kind") or "completion"]},
+            "model_info": {
+                "id": f"{model['model']}@{server}",
+                "mode": MODES[model.get("kind") or "completion"],
+                # Counted here, a model's only replica is never put aside.
+                "allowed_fails": allowed_fails,
+                "allowed_fails_policy": {f"{error}ErrorAllowedFails": NEVER for error in CLIENTS_ERRORS},
+            },
         }
         for model in models
         for server in model["servers"]
@@ -190,13 +202,17 @@ def config(settings: Mapping[str, Any]) -> dict[str, Any]:
     if settings["redis"]:
         general["coordination_redis"] = {"url": "os.environ/LITELLM_REDIS_URL"}
     made = {
-        "model_list": deployments(settings["litellm_models"], settings["litellm_prices"], settings["litellm_drained"]),
+        "model_list": deployments(
+            settings["litellm_models"],
+            settings["litellm_prices"],
+            settings["litellm_allowed_fails"],
+            settings["litellm_drained"],
+        ),
         "router_settings": {
             "routing_strategy": "simple-shuffle",
             # LiteLLM tries again only what has not yet given a token.
             "num_retries": settings["litellm_retries"],
             "timeout": settings["litellm_request_timeout"],
-            "allowed_fails": settings["litellm_allowed_fails"],
             "cooldown_time": settings["litellm_cooldown_seconds"],
             "fallbacks": [{model: others} for model, others in settings["litellm_fallbacks"].items()],
         },
@@ -205,6 +221,8 @@ def config(settings: Mapping[str, Any]) -> dict[str, Any]:
             "require_auth_for_metrics_endpoint": False,  # who is on the host may read them; nginx does not pass them on
             "request_timeout": settings["litellm_request_timeout"],
             "turn_off_message_logging": True,
+            # Clients choose `user`. One that PostgreSQL refuses, as \0, would keep all spending from being written.
+            "disable_end_user_cost_tracking": True,
         },
         "general_settings": general,
     }

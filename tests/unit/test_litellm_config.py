@@ -81,6 +81,21 @@ def test_every_replica_is_a_deployment() -> None:
     assert [entry["model_info"]["mode"] for entry in found] == ["chat", "chat", "embedding"]
 
 
+def test_replica_is_put_aside_for_its_own_failures_alone() -> None:
+    """In router_settings it would hold for a model's only replica and for what a client does, too."""
+    found = config(litellm_allowed_fails=5)
+    assert "allowed_fails" not in found["router_settings"]
+    for entry in found["model_list"]:
+        assert entry["model_info"]["allowed_fails"] == 5
+        policy = entry["model_info"]["allowed_fails_policy"]
+        assert set(policy) == {f"{name}ErrorAllowedFails" for name in _litellm_config.CLIENTS_ERRORS}
+        assert min(policy.values()) > 10**6
+
+
+def test_user_of_a_request_is_not_kept() -> None:
+    assert config()["litellm_settings"]["disable_end_user_cost_tracking"] is True
+
+
 def test_drained_server_gets_nothing() -> None:
     found = [entry["model_info"]["id"] for entry in config(litellm_drained=["10.0.0.1:8000"])["model_list"]]
     assert found == ["qwen@[fd77::1]:8000", "embed@gpu-1:8001"]
@@ -126,7 +141,7 @@ def test_own_settings_go_over_those_of_the_role() -> None:
     own = {"router_settings": {"num_retries": 0}, "litellm_settings": {"callbacks": []}, "more": 1}
     found = config(litellm_config=own)
     assert found["router_settings"]["num_retries"] == 0
-    assert found["router_settings"]["allowed_fails"] == 3
+    assert found["router_settings"]["cooldown_time"] == 30
     assert found["litellm_settings"]["callbacks"] == []
     assert found["more"] == 1
 

@@ -3,6 +3,9 @@
 import crypto from 'crypto';
 
 const MOST_BRACKETS = 100000;
+// LiteLLM would obey these, and no SDK sends them: they lead elsewhere, or let an answer go uncounted.
+const NOT_SENT = ['additional_drop_params', 'allowed_openai_params', 'api_base', 'api_key', 'base_url', 'custom_llm_provider',
+    'drop_params', 'extra_body', 'extra_headers', 'headers', 'litellm_metadata', 'litellm_params', 'specific_deployment'];
 const LISTED = ['cache-control', 'content-encoding', 'content-length', 'content-type', 'retry-after'];
 
 // The name of the key's owner, empty without a right key. llmfleet_keys is {SHA-256 of a key: name}, read from keys.json.
@@ -66,6 +69,16 @@ function route(r) {
     const model = body === null ? undefined : body.model;
     if (typeof model !== 'string' || model === '') {
         refuse(r, 400, 'You must provide a model parameter.', 'model', 'missing_model');
+        return;
+    }
+    const obeyed = NOT_SENT.find((name) => body[name] !== undefined);
+    if (obeyed) {
+        refuse(r, 400, `${obeyed} is not a parameter of this API.`, obeyed, 'unknown_parameter');
+        return;
+    }
+    // vLLM takes 1 and "yes" as true. LiteLLM does not, and would count no tokens.
+    if (![undefined, null, true, false].includes(body.stream)) {
+        refuse(r, 400, 'stream must be true or false.', 'stream', 'invalid_value');
         return;
     }
     const most = Number(r.variables.llmfleet_max_choices);

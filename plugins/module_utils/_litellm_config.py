@@ -201,6 +201,8 @@ def config(settings: Mapping[str, Any]) -> dict[str, Any]:
         general |= {"alerting": settings["alerting"], "alert_types": ["budget_alerts"]}
     if settings["redis"]:
         general["coordination_redis"] = {"url": "os.environ/LITELLM_REDIS_URL"}
+        # What has been spent waits there for the database; from a worker's memory it is dropped after a few attempts.
+        general["use_redis_transaction_buffer"] = True
     made = {
         "model_list": deployments(
             settings["litellm_models"],

@@ -129,8 +129,10 @@ def test_alerts_only_where_somebody_is_to_be_told() -> None:
 
 
 def test_redis_only_where_there_is_one() -> None:
-    assert "coordination_redis" not in config()["general_settings"]
-    assert config(redis=True)["general_settings"]["coordination_redis"] == {"url": "os.environ/LITELLM_REDIS_URL"}
+    without, found = config()["general_settings"], config(redis=True)["general_settings"]
+    assert not {"coordination_redis", "use_redis_transaction_buffer"} & set(without)
+    assert found["coordination_redis"] == {"url": "os.environ/LITELLM_REDIS_URL"}
+    assert found["use_redis_transaction_buffer"] is True
 
 
 def test_fallbacks_are_as_litellm_has_them() -> None:

@@ -332,7 +332,8 @@ def row(name: str, one: list[Load], many: list[Load], against: tuple[list[Load],
 
     parts = sorted({part for run in many for part in run.cpu})
     used = ", ".join(f"{part} {middle([run.each(part) for run in many]):.1f}" for part in parts)
-    litellm = ratio(lambda run: run.each("litellm"), 1) if "litellm" in parts else ""
+    compared = against is not None and all("litellm" in run.cpu for run in (*many, *against[1]))
+    litellm = ratio(lambda run: run.each("litellm"), 1) if compared else ""
     wait = [ratio(lambda run: middle(run.first), which) for which in (0, 1)]
     rate = [f"{middle([run.rate for run in runs]):.1f}" for runs in (one, many)]
     speed = [ratio(lambda run: run.rate, which) for which in (0, 1)]

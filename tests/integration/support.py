@@ -45,6 +45,11 @@ class Run:
         return sum(int(count) for count in re.findall(rf"\b{what}=(\d+)", self.output))
 
     @property
+    def said(self) -> str:
+        """The output on one line, for lines break where they will."""
+        return " ".join(self.output.split())
+
+    @property
     def tasks(self) -> int:
         return len(re.findall(r"^TASK \[", self.output, re.MULTILINE))
 

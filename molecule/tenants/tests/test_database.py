@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import support
-from test_tenants import BATCH_SECONDS, GATEWAY, ask, key, spend
+from service import BATCH_SECONDS, GATEWAY, ask, key, spend
 from testinfra.host import Host
 
 SECRETS = support.INVENTORY / ".secrets"
@@ -31,11 +31,6 @@ SELECT spend, max_budget, budget_duration, budget_reset_at, models FROM "LiteLLM
 SELECT key_alias, token, spend, max_parallel_requests, models, blocked, expires
 FROM "LiteLLM_VerificationToken" WHERE team_id = 'research' ORDER BY 1
 """
-
-
-@pytest.fixture(scope="module")
-def gateway() -> Host:
-    return support.host("gw")
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +69,6 @@ def newest() -> Path:
 
 def on_host(host: Host) -> list[str]:
     return host.check_output(f"ls -A {ON_HOST}").split()
-
-
-def said(run: support.Run) -> str:
-    return " ".join(run.output.split())
 
 
 # --- the server ---------------------------------------------------------------------------------------------
@@ -130,7 +121,7 @@ def test_bad_input_is_refused_before_anything_is_changed(role: Path) -> None:
     }
     run = support.play(str(role), variables=variables)
     assert run.code != 0
-    assert all(f"{variable} is" in said(run) for variable in variables), run.output
+    assert all(f"{variable} is" in run.said for variable in variables), run.output
     assert run.total("changed") == 0
 
 
@@ -145,7 +136,7 @@ def test_what_others_have_is_left_alone(role: Path) -> None:
         before = started(host)
         run = support.play(str(role), variables={"where": "eng"})
         assert run.code != 0
-        assert "has other databases (wiki)" in said(run)
+        assert "has other databases (wiki)" in run.said
         assert run.total("changed") == 0
         variables = {"where": "eng", "postgresql_listen_addresses": "localhost"}
         support.apply(str(role), variables=variables)
@@ -174,7 +165,7 @@ def test_what_others_have_is_left_alone(role: Path) -> None:
 
 def test_a_backup_is_made_verified_and_fetched(gateway: Host) -> None:
     run = support.apply("backup", "-vvv")
-    assert "Wrote and verified" in said(run)
+    assert "Wrote and verified" in run.said
     assert newest().stat().st_mode & 0o777 == 0o600
     content = newest().read_bytes()
     assert content.startswith(b"age-encryption.org/v1")
@@ -214,7 +205,7 @@ def test_a_backup_that_fails_replaces_nothing(gateway: Host) -> None:
     finally:
         gateway.check_output(f"mv {program}.away {program}")
     assert run.code != 0
-    assert "There is no new backup, and the older ones are untouched." in said(run)
+    assert "There is no new backup, and the older ones are untouched." in run.said
     assert on_host(gateway) == before
 
 
@@ -238,7 +229,7 @@ def test_what_cannot_be_restored_is_refused_and_changes_nothing(gateway: Host, t
     ):
         run = support.play("restore", variables=variables)
         assert run.code != 0, says
-        assert says in said(run)
+        assert says in run.said
         assert digest(gateway) == before
     assert gateway.check_output("ls -A /root | grep -c age | cat") == "0"
     support.apply("backup")  # with the key of the scenario again
@@ -330,7 +321,7 @@ def test_a_destroyed_gateway_comes_back(gateway: Host) -> None:
     (SECRETS / "litellm_salt_key").unlink()
     bare = time.monotonic()
     restored = support.apply("restore")
-    assert "Run site.yml next" in said(restored)
+    assert "Run site.yml next" in restored.said
     assert support.secret("litellm_salt_key") == salt
     assert digest(gateway) == before
     assert sql(gateway, "SELECT DISTINCT tableowner FROM pg_tables WHERE schemaname = 'public'") == "litellm"

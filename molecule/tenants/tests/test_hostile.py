@@ -12,25 +12,12 @@ from typing import Any
 
 import pytest
 import support
-import yaml
+from service import BATCH_SECONDS, ENGINE, GATEWAY, METRICS, key
 from testinfra.host import Host
 
-HOSTS = yaml.safe_load((support.INVENTORY / "hosts.yml").read_text())["all"]["hosts"]
-GATEWAY, ENGINE = HOSTS["gw"]["ansible_host"], HOSTS["eng"]["ansible_host"]
-METRICS = [f"http://{ENGINE}:{port}/metrics" for port in (8000, 8001)]
-BATCH_SECONDS = 10  # litellm_batch_write_seconds
 TRAP = "127.0.0.1:4999"  # where nobody may ever be led
 MESSAGES = [{"role": "user", "content": "Say something."}]
 REFUSED = (400, 401, 403, 404, 405, 413, 414, 422)
-
-
-def key(team: str = "research", name: str = "ci") -> str:
-    return support.secret(f"key_{team}_{name}")
-
-
-@pytest.fixture(scope="module")
-def gateway() -> Host:
-    return support.host("gw")
 
 
 def send(request: bytes, name: str | None = support.NAME) -> tuple[int, str]:
@@ -299,7 +286,7 @@ def spent(gateway: Host) -> float:
 def counted(gateway: Host) -> dict[str, float]:
     """The tokens that vLLM has read and written, and what they cost."""
     read, wrote = (
-        [support.metric(gateway, url, f"vllm:{kind}_tokens_total") for url in METRICS]
+        [support.metric(gateway, url, f"vllm:{kind}_tokens_total") for url in METRICS.values()]
         for kind in ("prompt", "generation")
     )
     return {"tiny": read[0] * 1e-6 + wrote[0] * 2e-6, "second": read[1] * 1e-5 + wrote[1] * 2e-5}
@@ -313,7 +300,7 @@ def tokens(gateway: Host) -> tuple[float, int]:
         "WHERE team_id IN ('research', 'apps')"
     )
     return (
-        sum(support.metric(gateway, url, f"vllm:{kind}_tokens_total") for url in METRICS for kind in kinds),
+        sum(support.metric(gateway, url, f"vllm:{kind}_tokens_total") for url in METRICS.values() for kind in kinds),
         int(ask_database(gateway, sql)),
     )
 

@@ -15,9 +15,9 @@ import openai
 import pytest
 import support
 from openai import OpenAI
+from service import key, serving
 from testinfra.host import Host
 
-GATEWAY = "10.77.6.10"
 NGINX_SITE = "/etc/nginx/sites-available/llmfleet.conf"
 PRICES = {"tiny": {"input": 2, "output": 4}}
 
@@ -33,29 +33,13 @@ def secrets() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def gateway() -> Host:
-    return support.host("gw")
-
-
-@pytest.fixture(scope="module")
-def api() -> Iterator[OpenAI]:
-    with support.client(GATEWAY, key=support.secret("key_apps_chat")) as client:
-        yield client
-
-
-def enabled(gateway: Host) -> str:
-    return gateway.check_output(
-        "ls /etc/systemd/system/multi-user.target.wants | grep -o '^litellm@4[0-9]*' | cut -c 9-"
-    )
+def chat(api: OpenAI) -> OpenAI:
+    return api.with_options(api_key=key("apps", "chat"))
 
 
 def running(gateway: Host) -> set[str]:
     units = "systemctl list-units --plain --no-legend --state=active 'litellm@*' | grep -o '@[0-9]*'"
     return set(gateway.run(units).stdout.replace("@", "").split())
-
-
-def said(run: support.Run) -> str:
-    return " ".join(run.output.split())
 
 
 @dataclass
@@ -67,14 +51,14 @@ class Clients:
 
 
 @contextmanager
-def clients(api: OpenAI, *, stream: int = 0) -> Iterator[Clients]:
+def clients(chat: OpenAI, *, stream: int = 0) -> Iterator[Clients]:
     """One asks again and again, another has a single stream of so many tokens."""
     met, done = Clients(), threading.Event()
 
     def ask() -> None:
         while not done.wait(0.2):
             try:
-                api.completions.create(model="tiny", prompt="Say something.", max_tokens=2)
+                chat.completions.create(model="tiny", prompt="Say something.", max_tokens=2)
                 met.answers[200] += 1
             except openai.APIStatusError as error:
                 met.answers[error.status_code] += 1
@@ -82,7 +66,7 @@ def clients(api: OpenAI, *, stream: int = 0) -> Iterator[Clients]:
                 met.answers[str(error)] += 1
 
     def listen() -> None:
-        met.pieces.append(len(support.stream(api, "tiny", stream)))
+        met.pieces.append(len(support.stream(chat, "tiny", stream)))
 
     threads = [threading.Thread(target=ask), *([threading.Thread(target=listen)] if stream else [])]
     for thread in threads:
@@ -113,17 +97,17 @@ class Change:
 
 
 @pytest.fixture(scope="module")
-def change(gateway: Host, api: OpenAI) -> Iterator[Change]:
-    before = enabled(gateway)
+def change(gateway: Host, chat: OpenAI) -> Iterator[Change]:
+    before = serving(gateway)
     gateway.check_output("systemd-run --quiet --collect --unit=sampler sh -c %s", SAMPLER)
     try:
-        with clients(api, stream=1500) as met:
+        with clients(chat, stream=1500) as met:
             check = support.apply("gateway", "--check", "--diff", "-vvv", variables={"litellm_prices": PRICES})
             run = support.apply("gateway", "--diff", "-vvv", variables={"litellm_prices": PRICES})
     finally:
         gateway.check_output("systemctl stop sampler")
     print(f"a switch: {run.seconds:.0f} s, {met.answers[200]} requests meanwhile")
-    yield Change(run, check, (before, enabled(gateway)), met, remote("cat /root/arguments; rm /root/arguments"))
+    yield Change(run, check, (before, serving(gateway)), met, remote("cat /root/arguments; rm /root/arguments"))
     support.apply("gateway")
 
 
@@ -132,7 +116,7 @@ def test_a_change_cuts_no_stream_and_refuses_nobody(gateway: Host, change: Chang
     assert set(change.met.answers) == {200}
     assert len(change.met.pieces) == 1
     assert "+    output_cost_per_token: 4.0e-06" in change.check.output
-    support.wait_until(lambda: running(gateway) == {enabled(gateway)}, 60)
+    support.wait_until(lambda: running(gateway) == {serving(gateway)}, 60)
 
 
 def test_no_secret_shows(change: Change) -> None:
@@ -151,11 +135,11 @@ def test_no_secret_shows(change: Change) -> None:
     assert remote(look, "\n".join(found.values())) == ""
 
 
-def test_metrics_are_those_of_all_workers(gateway: Host, api: OpenAI) -> None:
-    url, name = f"http://127.0.0.1:{enabled(gateway)}/metrics/", "litellm_proxy_total_requests_metric_total"
+def test_metrics_are_those_of_all_workers(gateway: Host, chat: OpenAI) -> None:
+    url, name = f"http://127.0.0.1:{serving(gateway)}/metrics/", "litellm_proxy_total_requests_metric_total"
     before = support.metric(gateway, url, name)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: api.completions.create(model="tiny", prompt="Say.", max_tokens=2), range(24)))
+        list(pool.map(lambda _: chat.completions.create(model="tiny", prompt="Say.", max_tokens=2), range(24)))
     support.wait_until(lambda: support.metric(gateway, url, name) == before + 24, 20)
 
 
@@ -168,28 +152,28 @@ def test_metrics_are_those_of_all_workers(gateway: Host, api: OpenAI) -> None:
     ],
 )
 def test_what_litellm_refuses_leaves_what_served(
-    gateway: Host, api: OpenAI, variables: dict[str, Any], says: str
+    gateway: Host, chat: OpenAI, variables: dict[str, Any], says: str
 ) -> None:
-    before = enabled(gateway)
-    with clients(api) as met:
+    before = serving(gateway)
+    with clients(chat) as met:
         run = support.play("gateway", variables=variables)
     assert run.code != 0
-    assert says in said(run)
+    assert says in run.said
     assert set(met.answers) == {200}
-    assert (enabled(gateway), running(gateway)) == (before, {before})
+    assert (serving(gateway), running(gateway)) == (before, {before})
 
 
-def test_runs_that_are_cut_short_are_mended_by_the_next(gateway: Host, api: OpenAI) -> None:
+def test_runs_that_are_cut_short_are_mended_by_the_next(gateway: Host, chat: OpenAI) -> None:
     """Before the new instance has answered, and before nginx knows of it."""
-    before = enabled(gateway)
+    before = serving(gateway)
     (other,) = {"4000", "4001"} - {before}
     prices = {"litellm_prices": {**PRICES, "second": {"input": 3, "output": 3}}}
-    moments = (lambda: other in running(gateway), lambda: enabled(gateway) == other)
-    with clients(api) as met:
+    moments = (lambda: other in running(gateway), lambda: serving(gateway) == other)
+    with clients(chat) as met:
         for moment in moments:
             support.cut_short(moment, 300, "gateway", variables=prices)
         assert f"127.0.0.1:{before}" in gateway.file(NGINX_SITE).content_string
         support.apply("gateway", variables=prices)
     assert set(met.answers) == {200}
     assert f"127.0.0.1:{other}" in gateway.file(NGINX_SITE).content_string
-    support.wait_until(lambda: running(gateway) == {enabled(gateway)}, 60)
+    support.wait_until(lambda: running(gateway) == {serving(gateway)}, 60)

@@ -9,13 +9,13 @@ import secrets
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import pytest
 import support
+from service import serving
 from testinfra.host import Host
 
 GATEWAY = "gw"
@@ -27,14 +27,9 @@ def master_key() -> str:
     return support.secret("litellm_master_key")
 
 
-@cache
 def url() -> str:
     """Of the instance that serves."""
-    ports = (4000, 4001)
-    gateway = support.host(GATEWAY)
-    return next(
-        f"http://127.0.0.1:{port}" for port in ports if gateway.run(f"systemctl is-enabled litellm@{port}").rc == 0
-    )
+    return f"http://127.0.0.1:{serving(support.host(GATEWAY))}"
 
 
 def new_key() -> str:

@@ -10,73 +10,28 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import openai
 import pytest
 import support
-import yaml
 from openai import OpenAI
+from service import BATCH_SECONDS, DECLARED, METRICS, ask, key, serving, spend
 from testinfra.host import Host
 
-GATEWAY, ENGINE = "10.77.6.10", "10.77.6.11"
-METRICS = {"tiny": f"http://{ENGINE}:8000/metrics", "second": f"http://{ENGINE}:8001/metrics"}
-DECLARED = yaml.safe_load((support.INVENTORY / "hosts.yml").read_text())["all"]["vars"]["serving_tenants"]
+TENANTS = DECLARED["vars"]["serving_tenants"]
 PRICE = 2e-6  # of a token that tiny says
-BATCH_SECONDS = 10  # litellm_batch_write_seconds
-
-
-@pytest.fixture(scope="module")
-def gateway() -> Host:
-    return support.host("gw")
-
-
-@pytest.fixture(scope="module")
-def api() -> Iterator[OpenAI]:
-    """For all threads: each request says whose key it has."""
-    with support.client(GATEWAY, key="none") as client:
-        yield client
 
 
 @pytest.fixture
 def tenants() -> Iterator[list[dict[str, Any]]]:
     """Those of the inventory, to be changed; afterwards they are again what they were."""
-    changed = copy.deepcopy(DECLARED)
+    changed = copy.deepcopy(TENANTS)
     yield changed
-    if changed != DECLARED:
-        apply(DECLARED)
+    if changed != TENANTS:
+        apply(TENANTS)
 
 
 def apply(tenants: list[dict[str, Any]], *arguments: str, **variables: Any) -> support.Run:
     given = {"serving_tenants": tenants, "serving_tenants_prune": True, **variables}
     return support.apply("tenants", *arguments, variables=given)
-
-
-def key(team: str, name: str) -> str:
-    return support.secret(f"key_{team}_{name}")
-
-
-def ask(api: OpenAI, key: str, model: str = "tiny", tokens: int = 8) -> int:
-    """The status that a request gets."""
-    try:
-        api.with_options(api_key=key).chat.completions.create(
-            model=model,
-            messages=[{"role": "user", "content": "Say something."}],
-            max_tokens=tokens,
-            extra_body={"ignore_eos": True},
-        )
-    except openai.APIStatusError as error:
-        return error.status_code
-    return 200
-
-
-def spend(gateway: Host, alias: str) -> float:
-    """By what has been written to the database."""
-    program = "su postgres -c 'psql -XAtq litellm --set=alias='%s"
-    sql = "SELECT spend FROM \"LiteLLM_VerificationToken\" WHERE key_alias = :'alias'"
-    return float(gateway.check_output(f"echo %s | {program}", sql, alias))
-
-
-def serving(gateway: Host) -> str:
-    return next(port for port in ("4000", "4001") if gateway.run(f"systemctl is-enabled litellm@{port}").rc == 0)
 
 
 # --- what each may do -----------------------------------------------------------------------------------------

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import openai
-import pytest
 import support
+from openai import OpenAI
+from service import ask, key
 from testinfra.host import Host
 
-GATEWAY = "10.77.6.10"
 FILES = "/etc/litellm /opt/litellm /opt/uv /run/litellm /run/litellm-redis /var/cache/litellm /etc/llmfleet"
 LEFT = (
     f"ls -d {FILES} 2>/dev/null; "
@@ -18,43 +17,25 @@ LEFT = (
 ROWS = 'su postgres -c "psql -XAtqc \'SELECT count(*) FROM \\"LiteLLM_VerificationToken\\"\' litellm"'
 
 
-@pytest.fixture(scope="module")
-def gateway() -> Host:
-    return support.host("gw")
-
-
-def ask(key: str) -> int:
-    with support.client(GATEWAY, key=key) as api:
-        try:
-            api.completions.create(model="tiny", prompt="Say something.", max_tokens=2)
-        except openai.APIStatusError as error:
-            return error.status_code
-    return 200
-
-
-def said(run: support.Run) -> str:
-    return " ".join(run.output.split())
-
-
-def test_without_tenants_nginx_serves_alone(gateway: Host) -> None:
+def test_without_tenants_nginx_serves_alone(gateway: Host, api: OpenAI) -> None:
     none = {"serving_tenants": []}
     run = support.apply("gateway", variables=none)
-    assert "serving_tenants is empty: nginx serves without LiteLLM" in said(run)
-    assert (ask(support.secret("api_key")), ask(support.secret("key_apps_chat"))) == (200, 401)
+    assert "serving_tenants is empty: nginx serves without LiteLLM" in run.said
+    assert (ask(api, support.secret("api_key")), ask(api, key("apps", "chat"))) == (200, 401)
     support.wait_until(lambda: gateway.run("pgrep -u litellm").rc == 1, 60)
     assert gateway.run("ls /etc/systemd/system/multi-user.target.wants | grep litellm").stdout == ""
     gateway.check_output("systemctl start llmfleet-backup.service")
     assert support.apply("gateway", variables=none).total("changed") == 0
 
 
-def test_with_tenants_all_is_as_it_was() -> None:
+def test_with_tenants_all_is_as_it_was(api: OpenAI) -> None:
     support.apply("gateway")
-    assert (ask(support.secret("api_key")), ask(support.secret("key_apps_chat"))) == (401, 200)
+    assert (ask(api, support.secret("api_key")), ask(api, key("apps", "chat"))) == (401, 200)
     assert support.apply("gateway").total("changed") == 0
 
 
 def test_removal_leaves_data_until_it_is_asked_for(gateway: Host) -> None:
-    run = said(support.apply("remove"))
+    run = support.apply("remove").said
     assert gateway.run(LEFT).stdout == ""
     assert int(gateway.check_output(ROWS)) > 0
     assert "postgresql_remove_data=true" in run

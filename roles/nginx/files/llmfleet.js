@@ -5,7 +5,8 @@ import crypto from 'crypto';
 const MOST_BRACKETS = 100000;
 // LiteLLM would obey these, and no SDK sends them: they lead elsewhere, or let an answer go uncounted.
 const NOT_SENT = ['additional_drop_params', 'allowed_openai_params', 'api_base', 'api_key', 'base_url', 'custom_llm_provider',
-    'drop_params', 'extra_body', 'extra_headers', 'headers', 'litellm_metadata', 'litellm_params', 'specific_deployment'];
+    'drop_params', 'extra_body', 'extra_headers', 'headers', 'litellm_metadata', 'litellm_params', 'max_retries', 'num_retries',
+    'specific_deployment', 'stream_timeout', 'timeout'];
 const LISTED = ['cache-control', 'content-encoding', 'content-length', 'content-type', 'retry-after'];
 
 // The name of the key's owner, empty without a right key. llmfleet_keys is {SHA-256 of a key: name}, read from keys.json.

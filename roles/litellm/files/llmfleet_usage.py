@@ -1,4 +1,4 @@
-"""Has LiteLLM charge a stream that its client cuts by what vLLM has counted.
+"""Has LiteLLM charge a stream of chat or text that its client cuts by what vLLM has counted.
 
 LiteLLM 1.106.2 would count the text of a chat with the tokenizer of another model, and charge nothing for a text
 completion.
@@ -15,9 +15,9 @@ class ContinuousUsage(CustomLogger):
     """vLLM says with each piece of a stream how many tokens there were so far."""
 
     async def async_pre_call_deployment_hook(self, kwargs, call_type):
-        if not kwargs.get("stream"):
-            return None
         options = kwargs.get("stream_options") or {}
+        if not kwargs.get("stream") or not isinstance(options, dict):
+            return None
         return {**kwargs, "stream_options": {**options, "include_usage": True, "continuous_usage_stats": True}}
 
 

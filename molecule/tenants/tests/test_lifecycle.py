@@ -15,7 +15,7 @@ import openai
 import pytest
 import support
 from openai import OpenAI
-from service import key, serving
+from service import ask, key, serving
 from testinfra.host import Host
 
 NGINX_SITE = "/etc/nginx/sites-available/llmfleet.conf"
@@ -177,3 +177,11 @@ def test_runs_that_are_cut_short_are_mended_by_the_next(gateway: Host, chat: Ope
     assert set(met.answers) == {200}
     assert f"127.0.0.1:{other}" in gateway.file(NGINX_SITE).content_string
     support.wait_until(lambda: running(gateway) == {serving(gateway)}, 60)
+
+
+def test_drained_model_gets_nothing_and_the_keys_stay(api: OpenAI) -> None:
+    drained = {"drain_host": "eng", "drain_model": "second"}
+    support.apply("drain", variables=drained)
+    assert (ask(api, key("apps", "chat"), "second"), ask(api, key("apps", "chat"))) == (503, 200)
+    support.apply("drain", variables={**drained, "drain_undo": True})
+    assert ask(api, key("apps", "chat"), "second") == 200

@@ -171,7 +171,7 @@ def test_runs_that_are_cut_short_are_mended_by_the_next(gateway: Host, chat: Ope
     moments = (lambda: other in running(gateway), lambda: serving(gateway) == other)
     with clients(chat) as met:
         for moment in moments:
-            support.cut_short(moment, 300, "gateway", variables=prices)
+            support.cut_short(moment, 900, "gateway", variables=prices)
         assert f"127.0.0.1:{before}" in gateway.file(NGINX_SITE).content_string
         support.apply("gateway", variables=prices)
     assert set(met.answers) == {200}

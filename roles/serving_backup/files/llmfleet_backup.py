@@ -179,7 +179,7 @@ def installed(instance: Path) -> str:
 
 def look(config: Config) -> dict[str, Any]:
     """What this host has: versions, keys, tables."""
-    exists = f"SELECT 1 FROM pg_database WHERE datname = '{config.database}'"  # noqa: S608 - the role has checked the name
+    exists = f"SELECT 1 FROM pg_database WHERE datname = '{config.database}'"  # noqa: S608 - the role's own name
     there = psql("postgres", f"SHOW server_version; SHOW data_directory; {exists}")
     lines = there.splitlines()
     if len(lines) < 3:

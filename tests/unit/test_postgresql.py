@@ -5,14 +5,18 @@
 from __future__ import annotations
 
 import importlib
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 PLUGINS = "ansible_collections.llmfleet.serving.plugins"
 postgresql = importlib.import_module(f"{PLUGINS}.module_utils._postgresql")
 filters = importlib.import_module(f"{PLUGINS}.filter.serving").FilterModule().filters()
 
+ROLES = Path(__file__).parents[2] / "roles"
 MIB = 1024**2
 SETTINGS: dict[str, Any] = {
     "systems": ["debian 12", "debian 13"],
@@ -145,6 +149,16 @@ def test_a_cluster_of_others_is_taken_as_it_is() -> None:
 def test_memory_that_the_host_does_not_have() -> None:
     (problem,) = postgresql.host_problems(RUNNING, {**SETTINGS, "postgresql_memory": 6144 * MIB})
     assert problem.startswith("postgresql_memory is ")
+
+
+def test_connections_suffice_for_two_instances_of_litellm() -> None:
+    """By default: its most workers, each with its pool; and 10 more for backups, monitoring and you."""
+    litellm, own = (
+        yaml.safe_load((ROLES / f"{role}/defaults/main.yml").read_text()) for role in ("litellm", "postgresql")
+    )
+    most = yaml.safe_load((ROLES / "litellm/vars/main.yml").read_text())["__litellm_most_workers"]
+    workers = int(re.fullmatch(r".*, (\d+)\] \| min \}\}", most)[1])
+    assert own["postgresql_max_connections"] >= 2 * workers * litellm["litellm_database_connections"] + 10
 
 
 # --- its configuration --------------------------------------------------------------------------------------

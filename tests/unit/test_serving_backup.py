@@ -8,21 +8,26 @@ import importlib.util
 import io
 import json
 import re
+import subprocess
 import sys
 import tarfile
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-FILE = Path(__file__).parents[2] / "roles/serving_backup/files/llmfleet_backup.py"
+ROOT = Path(__file__).parents[2]
+FILE = ROOT / "roles/serving_backup/files/llmfleet_backup.py"
 spec = importlib.util.spec_from_file_location("llmfleet_backup", FILE)
 backup: Any = importlib.util.module_from_spec(spec)
 sys.modules["llmfleet_backup"] = backup  # for its dataclasses
 spec.loader.exec_module(backup)
 
+RunPlaybook = Callable[..., subprocess.CompletedProcess[str]]
 KEYS = {"litellm_salt_key": "salt-of-the-earth", "litellm_master_key": "sk-master"}
 MANIFEST = {"format": 1, "postgresql": "15.20", "litellm": "1.106.2", "made": "2026-11-21T20:00:00Z", "host": "gw"}
 EMPTY = {"postgresql": "15.20", "litellm": "", "salt": "", "tables": 0}
@@ -250,3 +255,20 @@ def test_what_died_or_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, r
     monkeypatch.setattr(backup.time, "sleep", lambda _: None)
     with pytest.raises(backup.RefusalError, match=re.escape(says)):
         backup.await_ready(UNIT)
+
+
+# --- the playbooks and tasks ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "part"), [("backup", "tasks"), ("restore", "pre_tasks")])
+@pytest.mark.parametrize("url", ["", "postgresql://litellm@db.example.org/litellm?sslmode=require"])
+def test_a_database_of_others_is_neither_backed_up_nor_restored(
+    run_playbook: RunPlaybook, name: str, part: str, url: str
+) -> None:
+    (play,) = yaml.safe_load((ROOT / f"playbooks/{name}.yml").read_text())
+    first = play[part][0]["ansible.builtin.import_tasks"]
+    tasks = yaml.safe_load((ROOT / "playbooks" / first).read_text())
+    variables = {"litellm_database_url": url} if url else {}
+    done = run_playbook([{"hosts": "all", "gather_facts": False, "vars": variables, "tasks": tasks}])
+    assert (done.returncode == 0) == (not url), done.stdout
+    assert ("litellm_database_url is set: " in done.stdout) == bool(url)

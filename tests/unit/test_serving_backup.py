@@ -21,7 +21,8 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
-FILE = ROOT / "roles/serving_backup/files/llmfleet_backup.py"
+ROLE = ROOT / "roles/serving_backup"
+FILE = ROLE / "files/llmfleet_backup.py"
 spec = importlib.util.spec_from_file_location("llmfleet_backup", FILE)
 backup: Any = importlib.util.module_from_spec(spec)
 sys.modules["llmfleet_backup"] = backup  # for its dataclasses
@@ -272,3 +273,37 @@ def test_a_database_of_others_is_neither_backed_up_nor_restored(
     done = run_playbook([{"hosts": "all", "gather_facts": False, "vars": variables, "tasks": tasks}])
     assert (done.returncode == 0) == (not url), done.stdout
     assert ("litellm_database_url is set: " in done.stdout) == bool(url)
+
+
+@pytest.mark.parametrize(
+    ("variable", "file", "says"),
+    [
+        ("", "", ""),
+        ("", "another", "/litellm_salt_key is another salt key than the backup's"),
+        (KEYS["litellm_salt_key"], "", ""),
+        (KEYS["litellm_salt_key"], "another", ""),
+        ("another", "", "litellm_salt_key in the inventory is another salt key than the backup's"),
+    ],
+)
+def test_the_salt_key_that_litellm_will_have_is_the_backups(
+    run_playbook: RunPlaybook, tmp_path: Path, variable: str, file: str, says: str
+) -> None:
+    secrets = tmp_path / "secrets"
+    secrets.mkdir()
+    if file:
+        (secrets / "litellm_salt_key").write_text(file)
+    (block,) = (task["block"] for task in yaml.safe_load((ROLE / "tasks/restore.yml").read_text()) if "block" in task)
+    first = next(number for number, task in enumerate(block) if task["name"].startswith("Bring the salt key"))
+    variables = {
+        "serving_secrets_dir": str(secrets),
+        "__serving_backup_secrets_dir": str(secrets),
+        "__serving_backup_checked": {"stdout": json.dumps({"keys": KEYS})},
+        **({"litellm_salt_key": variable} if variable else {}),
+    }
+    play = {"hosts": "all", "gather_facts": False, "vars": variables, "tasks": block[first : first + 2]}
+    done = run_playbook([play])
+    assert (done.returncode == 0) == (not says), done.stdout
+    assert says in " ".join(done.stdout.split())
+    assert KEYS["litellm_salt_key"] not in done.stdout
+    brought = "" if variable else KEYS["litellm_salt_key"]
+    assert [path.read_text().strip() for path in secrets.iterdir()] == ([file or brought] if file or brought else [])

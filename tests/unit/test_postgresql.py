@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import importlib
 import re
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +178,29 @@ def test_settings_stay_within_the_memory(host: int, memory: int) -> None:
     assert found["max_connections"] == "100"
     assert megabytes(found["shared_buffers"]) + megabytes(found["maintenance_work_mem"]) <= budget
     assert 2 <= megabytes(found["work_mem"]) <= 16
+
+
+# --- its removal --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("host", "data", "refused"),
+    [
+        (RUNNING, True, False),
+        (BARE, True, False),
+        ({**BARE, "cluster": {**CLUSTER, "status": "down"}}, True, True),
+        ({**BARE, "cluster": {**CLUSTER, "status": "down"}}, False, False),
+    ],
+)
+def test_data_that_cannot_be_deleted_is_spoken_of(
+    run_playbook: Callable[..., subprocess.CompletedProcess[str]], host: dict[str, Any], data: bool, refused: bool
+) -> None:
+    tasks = yaml.safe_load((ROLES / "postgresql/tasks/remove.yml").read_text())
+    check = next(task for task in tasks if "ansible.builtin.assert" in task)
+    variables = {"__postgresql_host": host, "postgresql_remove_data": data}
+    files = [str(ROLES / "postgresql/vars/main.yml")]
+    play = {"hosts": "all", "gather_facts": False, "vars_files": files, "vars": variables, "tasks": [check]}
+    done = run_playbook([play])
+    assert (done.returncode != 0) == refused, done.stdout
+    assert ("does not answer (down)" in done.stdout) == refused
+    assert ("systemctl start postgresql@15-main.service" in " ".join(done.stdout.split())) == refused

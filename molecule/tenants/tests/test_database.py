@@ -113,10 +113,7 @@ def test_a_setting_is_reloaded_or_restarted_as_it_needs(gateway: Host, role: Pat
 
 
 def test_bad_input_is_refused_before_anything_is_changed(role: Path) -> None:
-    variables = {
-        "postgresql_memory": 1,
-        "postgresql_listen_addresses": "*'",
-    }
+    variables = {"postgresql_memory": 1, "postgresql_listen_addresses": "*'"}
     run = support.play(str(role), variables=variables)
     assert run.code != 0
     assert all(f"{variable} is" in run.said for variable in variables), run.output

@@ -7,7 +7,7 @@ name: litellm_database
 author: llmfleet developers
 version_added: 1.0.0
 short_description: The URL of LiteLLM's database as LiteLLM is given it
-description: Adds the size of each worker's pool of connections, and tells whether the database is the host's own.
+description: Adds the size of each worker's pool of connections, and tells which database it is.
 positional: _input, connections
 options:
   _input:
@@ -21,9 +21,9 @@ options:
 """
 
 EXAMPLES = r"""
-- name: Tell whether the database is this host's
+- name: Tell which database it is
   ansible.builtin.debug:
-    msg: "{{ (litellm_database_url | llmfleet.serving.litellm_database(10)).local }}"
+    msg: "{{ (litellm_database_url | llmfleet.serving.litellm_database(10)).place }}"
 """
 
 RETURN = r"""
@@ -37,19 +37,15 @@ _value:
     place:
       description: Which database that is, without its password.
       type: str
-    local:
-      description: Whether it leads to this host.
-      type: bool
 """
 
 from ansible_collections.llmfleet.serving.plugins.module_utils import _litellm_config
 
 
-def litellm_database(url: str, connections: int) -> dict[str, object]:
+def litellm_database(url: str, connections: int) -> dict[str, str]:
     return {
         "url": _litellm_config.database_url(url, connections),
         "place": _litellm_config.database_place(url),
-        "local": _litellm_config.is_local(url),
     }
 
 

@@ -13,8 +13,6 @@ MIB = 1024**2
 GIB = 1024**3
 CLUSTER = "main"
 PORT = 5432  # what the socket is called by, also where nothing listens
-NAME = re.compile(r"[a-z_][a-z0-9_]{0,39}")  # names of 63, less what a restore appends
-TAKEN = ("postgres", "template0", "template1", "public", "none")
 
 
 # --- the variables ------------------------------------------------------------------------------------------
@@ -26,12 +24,6 @@ def problems(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _problems(settings: Mapping[str, Any]) -> Iterable[str]:
-    for variable in ("postgresql_database", "postgresql_user"):
-        value = settings[variable]
-        if not NAME.fullmatch(value):
-            yield f"{variable} is {value!r}: use up to 40 of a-z 0-9 _, with a letter or _ at the beginning."
-        elif value in TAKEN or value.startswith("pg_"):
-            yield f"{variable} is {value!r}, a name that PostgreSQL has for itself: use another, as litellm."
     if not re.fullmatch(r"|[A-Za-z0-9.:*_-]+( *, *[A-Za-z0-9.:*_-]+)*", settings["postgresql_listen_addresses"]):
         yield (
             f"postgresql_listen_addresses is {settings['postgresql_listen_addresses']!r}: "
@@ -118,22 +110,20 @@ def _server_problems(host: Mapping[str, Any], settings: Mapping[str, Any]) -> It
     for error in server["file_errors"] + server["hba_errors"]:
         yield f"PostgreSQL would not take its own configuration any more ({error}): correct that first."
     role, database = server["role"], server["database"]
-    user = settings["postgresql_user"]
+    name, user = settings["database"], settings["user"]
     if role and role["powers"]:
+        powers = role["powers"]
         yield (
-            f"postgresql_user is {user!r}, a role that is there and has {', '.join(role['powers'])}: "
-            "use another name, or take that from it."
+            f"PostgreSQL has a role {user} with {', '.join(powers)}, and LiteLLM's is to have no such power: "
+            f"take it from that role (ALTER ROLE {user} {' '.join(f'NO{power}' for power in powers)}), or rename it."
         )
     if database and database["owner"] != user:
         yield (
-            f"postgresql_database is {settings['postgresql_database']!r}, a database that is there and belongs to "
-            f"{database['owner']}: use another name, or give it to {user} (ALTER DATABASE ... OWNER TO ...)."
+            f"PostgreSQL has a database {name} that belongs to {database['owner']}: rename it, "
+            f"or give it to LiteLLM's role (ALTER DATABASE {name} OWNER TO {user})."
         )
     if database and database["encoding"] != "UTF8":
-        yield (
-            f"postgresql_database is {settings['postgresql_database']!r}, a database in {database['encoding']}: "
-            "use another name, or make it anew in UTF8."
-        )
+        yield f"PostgreSQL has a database {name} in {database['encoding']}: rename it, or make it anew in UTF8."
     if host["ours"]:
         return
     wanted, there = settings["postgresql_listen_addresses"], server["settings"]["listen_addresses"]

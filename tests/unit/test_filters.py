@@ -269,7 +269,6 @@ def test_filters_run_in_templates(run_playbook: Any, tmp_path: Path) -> None:
         "cluster": {"version": "", "system": "y"},
         "wanted": {"systems": ["x"]},
         "database": {
-            **{f"postgresql_{name}": "litellm" for name in ("database", "user")},
             "postgresql_listen_addresses": "",
             "postgresql_memory": 0,
             "postgresql_max_connections": 100,

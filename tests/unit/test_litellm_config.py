@@ -4,12 +4,16 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from ansible_collections.llmfleet.serving.plugins.module_utils import _litellm_config
 from packaging.version import Version
 
+ROLE = Path(__file__).parents[2] / "roles/litellm"
 SECRET = "0123456789-0123456789"
 SOCKET = "postgresql://litellm@localhost/litellm?host=/run/postgresql"
 REMOTE = "postgresql://litellm:pass%2Fword@db.example.org:5432/litellm?sslmode=require"
@@ -238,6 +242,28 @@ def test_the_pool_is_as_large_as_asked() -> None:
 def test_the_place_of_a_database_has_no_password() -> None:
     assert _litellm_config.database_place(SOCKET) == "litellm@/run/postgresql:5432/litellm"
     assert _litellm_config.database_place(REMOTE) == "litellm@db.example.org:5432/litellm"
+
+
+def test_what_is_backed_up_before_a_migration_is_the_database_of_the_role_postgresql(
+    run_playbook: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    backed_up = {  # "": what the role has by default
+        "": True,
+        f"{SOCKET}&connection_limit=3": True,
+        REMOTE: False,
+        "postgresql://app:secret@localhost/wiki": False,
+        "postgresql://litellm@localhost/litellm?host=/srv/postgresql": False,
+    }
+    tasks = [
+        {
+            "ansible.builtin.assert": {"that": f"litellm_backup_before_migration | bool == {backs_up}"},
+            "vars": {"litellm_database_url": url} if url else {},
+        }
+        for url, backs_up in backed_up.items()
+    ]
+    files = [str(ROLE / name / "main.yml") for name in ("defaults", "vars")]
+    done = run_playbook([{"hosts": "all", "gather_facts": False, "vars_files": files, "tasks": tasks}])
+    assert done.returncode == 0, done.stdout
 
 
 def test_which_database_is_local() -> None:

@@ -5,20 +5,26 @@
 from __future__ import annotations
 
 import importlib
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 PLUGINS = "ansible_collections.llmfleet.serving.plugins"
 postgresql = importlib.import_module(f"{PLUGINS}.module_utils._postgresql")
 filters = importlib.import_module(f"{PLUGINS}.filter.serving").FilterModule().filters()
 
+ROLES = Path(__file__).parents[2] / "roles"
 MIB = 1024**2
 SETTINGS: dict[str, Any] = {
     "systems": ["debian 12", "debian 13"],
     "disk_bytes": 2048 * MIB,
-    "postgresql_database": "litellm",
-    "postgresql_user": "litellm",
+    "database": "litellm",
+    "user": "litellm",
     "postgresql_listen_addresses": "",
     "postgresql_memory": 0,
     "postgresql_max_connections": 100,
@@ -58,15 +64,6 @@ def test_defaults_are_fine() -> None:
 @pytest.mark.parametrize(
     ("variable", "value"),
     [
-        ("postgresql_database", ""),
-        ("postgresql_database", 'litellm"; DROP DATABASE x; --'),
-        ("postgresql_database", "LiteLLM"),
-        ("postgresql_database", "litellm\n"),
-        ("postgresql_database", "a" * 41),
-        ("postgresql_database", "template1"),
-        ("postgresql_user", "postgres"),
-        ("postgresql_user", "pg_monitor"),
-        ("postgresql_user", "lite llm"),
         ("postgresql_listen_addresses", "localhost'; x = '"),
         ("postgresql_listen_addresses", "localhost\nport = 1"),
         ("postgresql_memory", -1),
@@ -126,9 +123,9 @@ DATABASE = {"owner": "litellm", "encoding": "UTF8"}
         ),
         (server(hba_errors=["pg_hba.conf line 3: x"]), "pg_hba.conf line 3: x"),
         (server(file_errors=["/etc/x line 1: y"]), "would not take its own configuration"),
-        (server(role={"powers": ["SUPERUSER"]}), "has SUPERUSER"),
+        (server(role={"powers": ["SUPERUSER"]}), "(ALTER ROLE litellm NOSUPERUSER)"),
         (server(database={**DATABASE, "owner": "bob"}), "belongs to bob"),
-        (server(database={**DATABASE, "encoding": "SQL_ASCII"}), "in SQL_ASCII"),
+        (server(database={**DATABASE, "encoding": "SQL_ASCII"}), "a database litellm in SQL_ASCII"),
         (SHARED, "set postgresql_listen_addresses to 'localhost'"),
         ({**BARE, "free_bytes": 100 * MIB}, "make room"),
         ({**RUNNING, "free_bytes": 100 * MIB}, "make room"),
@@ -156,6 +153,16 @@ def test_memory_that_the_host_does_not_have() -> None:
     assert problem.startswith("postgresql_memory is ")
 
 
+def test_connections_suffice_for_two_instances_of_litellm() -> None:
+    """By default: its most workers, each with its pool; and 10 more for backups, monitoring and you."""
+    litellm, own = (
+        yaml.safe_load((ROLES / f"{role}/defaults/main.yml").read_text()) for role in ("litellm", "postgresql")
+    )
+    most = yaml.safe_load((ROLES / "litellm/vars/main.yml").read_text())["__litellm_most_workers"]
+    workers = int(re.fullmatch(r".*, (\d+)\] \| min \}\}", most)[1])
+    assert own["postgresql_max_connections"] >= 2 * workers * litellm["litellm_database_connections"] + 10
+
+
 # --- its configuration --------------------------------------------------------------------------------------
 
 
@@ -171,3 +178,29 @@ def test_settings_stay_within_the_memory(host: int, memory: int) -> None:
     assert found["max_connections"] == "100"
     assert megabytes(found["shared_buffers"]) + megabytes(found["maintenance_work_mem"]) <= budget
     assert 2 <= megabytes(found["work_mem"]) <= 16
+
+
+# --- its removal --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("host", "data", "refused"),
+    [
+        (RUNNING, True, False),
+        (BARE, True, False),
+        ({**BARE, "cluster": {**CLUSTER, "status": "down"}}, True, True),
+        ({**BARE, "cluster": {**CLUSTER, "status": "down"}}, False, False),
+    ],
+)
+def test_data_that_cannot_be_deleted_is_spoken_of(
+    run_playbook: Callable[..., subprocess.CompletedProcess[str]], host: dict[str, Any], data: bool, refused: bool
+) -> None:
+    tasks = yaml.safe_load((ROLES / "postgresql/tasks/remove.yml").read_text())
+    check = next(task for task in tasks if "ansible.builtin.assert" in task)
+    variables = {"__postgresql_host": host, "postgresql_remove_data": data}
+    files = [str(ROLES / "postgresql/vars/main.yml")]
+    play = {"hosts": "all", "gather_facts": False, "vars_files": files, "vars": variables, "tasks": [check]}
+    done = run_playbook([play])
+    assert (done.returncode != 0) == refused, done.stdout
+    assert ("does not answer (down)" in done.stdout) == refused
+    assert ("systemctl start postgresql@15-main.service" in " ".join(done.stdout.split())) == refused

@@ -7,20 +7,28 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import re
+import subprocess
 import sys
 import tarfile
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
-FILE = Path(__file__).parents[2] / "roles/serving_backup/files/llmfleet_backup.py"
+ROOT = Path(__file__).parents[2]
+ROLE = ROOT / "roles/serving_backup"
+FILE = ROLE / "files/llmfleet_backup.py"
 spec = importlib.util.spec_from_file_location("llmfleet_backup", FILE)
 backup: Any = importlib.util.module_from_spec(spec)
 sys.modules["llmfleet_backup"] = backup  # for its dataclasses
 spec.loader.exec_module(backup)
 
+RunPlaybook = Callable[..., subprocess.CompletedProcess[str]]
 KEYS = {"litellm_salt_key": "salt-of-the-earth", "litellm_master_key": "sk-master"}
 MANIFEST = {"format": 1, "postgresql": "15.20", "litellm": "1.106.2", "made": "2026-11-21T20:00:00Z", "host": "gw"}
 EMPTY = {"postgresql": "15.20", "litellm": "", "salt": "", "tables": 0}
@@ -156,40 +164,146 @@ def test_other_archives_are_refused_and_write_nowhere(age: Path, name: str) -> N
     assert sorted(age.rglob("*")) == before
 
 
-def test_a_failing_start_brings_the_former_database_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = backup.Config(Path("/nowhere"), 1, "litellm", "litellm", ())
+# --- a restore around what fails ---------------------------------------------------------------------------------
+
+CONFIG = backup.Config(Path("/nowhere"), 1, "litellm", "litellm", ())
+UNIT = "litellm@4000.service"
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What replace_database does, in its order."""
     done: list[str] = []
-
-    def systemctl(verb: str, units: list[str]) -> None:
-        done.append(verb)
-        if done.count("start") == 1 and verb == "start":
-            raise backup.RefusalError("it failed")
-
-    monkeypatch.setattr(backup, "systemctl", systemctl)
+    monkeypatch.setattr(backup, "systemctl", lambda verb, _: done.append(verb))
     monkeypatch.setattr(backup, "create", lambda _: {"file": "before"})
     monkeypatch.setattr(backup, "fill", lambda *_: done.append("fill"))
     monkeypatch.setattr(backup, "drop", lambda name: done.append(f"drop {name[-3:]}"))
     monkeypatch.setattr(backup, "swap", lambda _, taken, aside: done.append(f"swap {taken[-3:]} {aside[-3:]}"))
-    monkeypatch.setattr(backup, "signal", SimpleNamespace(signal=lambda *_: None, SIG_IGN=None))
-    with pytest.raises(backup.RefusalError, match="gets its former one"):
-        backup.replace_database(config, Path("dump"), ["litellm@4000.service"])
-    after = done[done.index("swap new old") :]
+    monkeypatch.setattr(backup, "await_ready", lambda unit: done.append(f"ready {unit}"))
+    monkeypatch.setattr(backup, "ignore_signals", lambda: done.append("ignore signals"))
+    return done
+
+
+def fail(*_: Any) -> None:
+    raise backup.RefusalError("it failed")
+
+
+def test_the_former_database_goes_once_litellm_is_ready(done: list[str]) -> None:
+    assert backup.replace_database(CONFIG, Path("dump"), [UNIT]) == "before"
+    assert done[done.index("swap new old") :] == ["swap new old", "drop new", "start", f"ready {UNIT}", "drop old"]
+
+
+def test_a_litellm_that_dies_gets_its_former_database_back(done: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backup, "await_ready", fail)
+    with pytest.raises(backup.RefusalError, match="gets its former one: it failed"):
+        backup.replace_database(CONFIG, Path("dump"), [UNIT])
+    after = [step for step in done[done.index("swap new old") :] if step != "ignore signals"]
     assert after == ["swap new old", "drop new", "start", "stop", "swap old new", "drop new", "start"]
 
 
-def test_a_failing_restore_leaves_the_database_and_starts_litellm(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = backup.Config(Path("/nowhere"), 1, "litellm", "litellm", ())
-    done: list[str] = []
-    monkeypatch.setattr(backup, "systemctl", lambda verb, _: done.append(verb))
-    monkeypatch.setattr(backup, "create", lambda _: {"file": ""})
-    monkeypatch.setattr(backup, "drop", lambda name: done.append(f"drop {name[-3:]}"))
-    monkeypatch.setattr(backup, "swap", lambda *_: done.append("swap"))
+def test_a_failing_restore_leaves_the_database_and_starts_litellm(
+    done: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backup, "fill", fail)
+    with pytest.raises(backup.RefusalError, match="it failed"):
+        backup.replace_database(CONFIG, Path("dump"), [UNIT])
+    assert done == ["stop", "drop new", "drop old", "drop new", "ignore signals", "start"]
 
-    def fill(*_: Any) -> None:
-        raise backup.RefusalError("pg_restore: no")
 
-    monkeypatch.setattr(backup, "fill", fill)
-    with pytest.raises(backup.RefusalError, match="pg_restore"):
-        backup.replace_database(config, Path("dump"), ["litellm@4000.service"])
-    assert "swap" not in done
-    assert done[-2:] == ["drop new", "start"]
+def test_what_ends_it_while_litellm_is_being_stopped_has_it_started_again(
+    done: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def systemctl(verb: str, _: list[str]) -> None:
+        done.append(verb)
+        if verb == "stop":
+            backup.interrupted(backup.signal.SIGHUP, None)
+
+    monkeypatch.setattr(backup, "systemctl", systemctl)
+    with pytest.raises(backup.RefusalError, match="SIGHUP"):
+        backup.replace_database(CONFIG, Path("dump"), [UNIT])
+    assert done == ["stop", "ignore signals", "start"]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "why"),
+    [
+        (200, b'{"status": "healthy", "db": "connected"}', ""),
+        (200, b'{"status": "healthy", "db": "Not connected"}', "has no connection to its database"),
+        (503, b'{"status": "unhealthy", "db": "connected"}', "answers 503"),
+        (200, b"[]", "does not answer"),
+        (200, b"<html>", "does not answer"),
+    ],
+)
+def test_readiness_is_litellms_own_word(status: int, body: bytes, why: str) -> None:
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status if self.path == "/health/readiness" else 404)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.handle_request).start()
+        assert backup.unready(str(server.server_port)) == why
+
+
+@pytest.mark.parametrize(("restarts", "says"), [("1", f"{UNIT} has ended"), ("0", f"After 0 s {UNIT} does not answer")])
+def test_what_died_or_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, restarts: str, says: str) -> None:
+    monkeypatch.setattr(backup, "unready", lambda port: {"4000": "does not answer"}[port])
+    monkeypatch.setattr(backup, "run", lambda *_, **__: f"{restarts}\n")
+    monkeypatch.setattr(backup, "START_SECONDS", 0)
+    monkeypatch.setattr(backup.time, "sleep", lambda _: None)
+    with pytest.raises(backup.RefusalError, match=re.escape(says)):
+        backup.await_ready(UNIT)
+
+
+# --- the playbooks and tasks ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "part"), [("backup", "tasks"), ("restore", "pre_tasks")])
+@pytest.mark.parametrize("url", ["", "postgresql://litellm@db.example.org/litellm?sslmode=require"])
+def test_a_database_of_others_is_neither_backed_up_nor_restored(
+    run_playbook: RunPlaybook, name: str, part: str, url: str
+) -> None:
+    (play,) = yaml.safe_load((ROOT / f"playbooks/{name}.yml").read_text())
+    first = play[part][0]["ansible.builtin.import_tasks"]
+    tasks = yaml.safe_load((ROOT / "playbooks" / first).read_text())
+    variables = {"litellm_database_url": url} if url else {}
+    done = run_playbook([{"hosts": "all", "gather_facts": False, "vars": variables, "tasks": tasks}])
+    assert (done.returncode == 0) == (not url), done.stdout
+    assert ("litellm_database_url is set: " in done.stdout) == bool(url)
+
+
+@pytest.mark.parametrize(
+    ("variable", "file", "says"),
+    [
+        ("", "", ""),
+        ("", "another", "/litellm_salt_key is another salt key than the backup's"),
+        (KEYS["litellm_salt_key"], "", ""),
+        (KEYS["litellm_salt_key"], "another", ""),
+        ("another", "", "litellm_salt_key in the inventory is another salt key than the backup's"),
+    ],
+)
+def test_the_salt_key_that_litellm_will_have_is_the_backups(
+    run_playbook: RunPlaybook, tmp_path: Path, variable: str, file: str, says: str
+) -> None:
+    secrets = tmp_path / "secrets"
+    secrets.mkdir()
+    if file:
+        (secrets / "litellm_salt_key").write_text(file)
+    (block,) = (task["block"] for task in yaml.safe_load((ROLE / "tasks/restore.yml").read_text()) if "block" in task)
+    first = next(number for number, task in enumerate(block) if task["name"].startswith("Bring the salt key"))
+    variables = {
+        "serving_secrets_dir": str(secrets),
+        "__serving_backup_secrets_dir": str(secrets),
+        "__serving_backup_checked": {"stdout": json.dumps({"keys": KEYS})},
+        **({"litellm_salt_key": variable} if variable else {}),
+    }
+    play = {"hosts": "all", "gather_facts": False, "vars": variables, "tasks": block[first : first + 2]}
+    done = run_playbook([play])
+    assert (done.returncode == 0) == (not says), done.stdout
+    assert says in " ".join(done.stdout.split())
+    assert KEYS["litellm_salt_key"] not in done.stdout
+    brought = "" if variable else KEYS["litellm_salt_key"]
+    assert [path.read_text().strip() for path in secrets.iterdir()] == ([file or brought] if file or brought else [])

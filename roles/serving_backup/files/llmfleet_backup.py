@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
+import http.client
 import io
 import json
 import os
@@ -30,6 +31,8 @@ import sys
 import tarfile
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +46,7 @@ NAME = re.compile(r"llmfleet-\d{8}T\d{6}Z\.age")
 PARTS = ("manifest.json", "keys.json", "database.dump")
 KEYS = {"litellm_salt_key": "LITELLM_SALT_KEY", "litellm_master_key": "LITELLM_MASTER_KEY"}
 MIB = 1024**2
+START_SECONDS = 300  # as litellm_start_timeout has it
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 TABLES = "SELECT count(*) FROM pg_class WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace"
 
@@ -175,7 +179,7 @@ def installed(instance: Path) -> str:
 
 def look(config: Config) -> dict[str, Any]:
     """What this host has: versions, keys, tables."""
-    exists = f"SELECT 1 FROM pg_database WHERE datname = '{config.database}'"  # noqa: S608 - the role has checked the name
+    exists = f"SELECT 1 FROM pg_database WHERE datname = '{config.database}'"  # noqa: S608 - the role's own name
     there = psql("postgres", f"SHOW server_version; SHOW data_directory; {exists}")
     lines = there.splitlines()
     if len(lines) < 3:
@@ -403,20 +407,21 @@ def restore(config: Config, file: Path, identity: str, replace: bool) -> dict[st
 
 def replace_database(config: Config, dump: Path, units: Sequence[str]) -> str:
     """The backup that was made before. What has been stopped for it runs again, whatever happens."""
-    systemctl("stop", units)
     try:
+        systemctl("stop", units)
         before = create(config)["file"]
         for name in (config.new, config.old):  # of a restore that was killed
             drop(name)
         try:
             fill(config, dump)
-            for number in SIGNALS:  # what follows takes a second, and is not to be left in the middle
-                signal.signal(number, signal.SIG_IGN)
+            ignore_signals()
             swap(config, config.new, config.old)
         finally:
             drop(config.new)
         try:
             systemctl("start", units)
+            for unit in units:
+                await_ready(unit)
         except RefusalError as error:
             systemctl("stop", units)
             swap(config, config.old, config.new)
@@ -425,10 +430,43 @@ def replace_database(config: Config, dump: Path, units: Sequence[str]) -> str:
                 f"LiteLLM does not start with the restored database, and gets its former one: {error}"
             ) from None
     except BaseException:
+        ignore_signals()
         systemctl("start", units)
         raise
     drop(config.old)
     return str(before)
+
+
+def ignore_signals() -> None:
+    """What follows is not to be left in the middle."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def await_ready(unit: str) -> None:
+    """systemd takes it for started as soon as there is a process."""
+    deadline = time.monotonic() + START_SECONDS
+    port = unit.removeprefix("litellm@").removesuffix(".service")
+    while why := unready(port):
+        restarts = run(["systemctl", "show", "--property=NRestarts", "--value", unit], what="systemctl show").strip()
+        if restarts != "0":
+            raise RefusalError(f"{unit} has ended. See: journalctl -u {unit}")
+        if time.monotonic() > deadline:
+            raise RefusalError(f"After {START_SECONDS} s {unit} {why}. See: journalctl -u {unit}")
+        time.sleep(1)
+
+
+def unready(port: str) -> str:
+    """Why the LiteLLM at that port cannot serve, or nothing."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"http://127.0.0.1:{port}/health/readiness", timeout=10) as answer:
+            database = json.load(answer).get("db")
+    except urllib.error.HTTPError as error:
+        return f"answers {error.code}"
+    except (OSError, http.client.HTTPException, ValueError, AttributeError):
+        return "does not answer"
+    return "" if database == "connected" else "has no connection to its database"
 
 
 def systemctl(verb: str, units: Sequence[str]) -> None:

@@ -35,7 +35,7 @@ SYSTEM_METADATA = ("team_member_budget_id",)  # LiteLLM's own, which an update l
 TOKEN = re.compile(r"[0-9a-f]{64}")
 PREDECESSOR = re.compile(r"(?P<alias>.+)@[0-9a-f]{8}", re.DOTALL)
 SECRET = re.compile(r"sk-[^\s'\",}\]]+")
-IDLE_MAX = 1.0  # seconds; LiteLLM closes a connection that has been idle for 5
+IDLE_MAX = 1.0  # seconds; uvicorn, by its own default, closes a connection that has been idle for 5
 PAGE = 100  # LiteLLM gives no more at once
 TOLD = 5  # of each kind, in one message
 SLACK = timedelta(seconds=60)  # by which two clocks, or the start and the end of a run, may differ
@@ -597,7 +597,10 @@ class Outcome:
 
 
 def apply(changes: Sequence[Change], send: Callable[[Change], None], workers: int = 4) -> list[Outcome]:
-    """Make the calls, several at a time. What needs something that has failed is left, and all when LiteLLM is gone."""
+    """Make the calls, several at a time. What needs something that has failed is left, and all when LiteLLM is gone.
+
+    Once something has failed nothing is deleted: with a team would go the keys that were to move away from it first.
+    """
     outcomes: list[Outcome] = []
     failed: set[str] = set()
     gone = ""
@@ -610,6 +613,8 @@ def apply(changes: Sequence[Change], send: Callable[[Change], None], workers: in
         needs = {change.name, change.name.partition("@")[0], change.name.partition("/")[0]} & failed
         if needs:
             return Outcome(change, f"Left, for {min(needs)} has failed")
+        if failed and change.phase in (REMOVE, REMOVE_TEAMS):
+            return Outcome(change, "Left, for nothing is deleted once something has failed")
         try:
             send(change)
         except LiteLLMError as error:

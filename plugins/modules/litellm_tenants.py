@@ -12,7 +12,8 @@ description:
   - Reads once what LiteLLM has, writes what differs, several things at a time, and reads again whether it is so now.
   - What a team or a key does not say is LiteLLM's default, which is no limit.
   - Teams and keys that are not declared are reported, and touched only with O(prune).
-  - Where something cannot be done, the rest is done all the same, and the message says what is missing.
+  - Where something cannot be done, the rest is done all the same, and the message says what is missing. Then nothing is
+    deleted.
   - With another value than LiteLLM has, a key is rotated, as M(llmfleet.serving.litellm_key) says.
   - A key whose value LiteLLM knows by another name is renamed, or taken over.
 extends_documentation_fragment:

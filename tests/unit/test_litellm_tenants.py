@@ -427,6 +427,19 @@ def test_team_that_fails_keeps_its_keys_back(run: Callable[..., dict[str, Any]],
     assert server.keys == {}
 
 
+def test_nothing_is_deleted_once_something_has_failed(run: Callable[..., dict[str, Any]], server: LiteLLM) -> None:
+    """Here a key moves to a team that cannot be made, and the team that it is still in is to go."""
+    server.apply([{"team": "old", "keys": [CI, {"name": "b", "key": value(2)}]}])
+    moved = [{"team": "old", "state": "absent"}, {"team": "new", "keys": [CI]}]
+    server.fails = lambda path, body: (500, "no") if path == "/team/new" else None
+    answer = run(moved)
+    assert "Left, for nothing is deleted once something has failed (team old: delete)" in answer["msg"]
+    assert set(server.keys) == {litellm.token_of(value(1)), litellm.token_of(value(2))}
+    server.fails = lambda path, body: None
+    assert "failed" not in run(moved)
+    assert server.aliases() == {"new/ci": litellm.token_of(value(1))}
+
+
 def test_what_litellm_does_not_keep_is_an_error(run: Callable[..., dict[str, Any]], server: LiteLLM) -> None:
     """As with an upper bound in its configuration."""
 

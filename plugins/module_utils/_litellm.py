@@ -443,6 +443,40 @@ def _prune(teams: Sequence[Team], found: Found) -> list[Change]:
     return [*(_delete_key(row, row.label) for row in keys), *(_delete_team(team) for team in strangers)]
 
 
+def foreseen(found: Found, changes: Iterable[Change], now: datetime) -> Found:
+    """What LiteLLM has once it has taken these changes."""
+    teams, keys = dict(found.teams), dict(found.keys)
+    for change in changes:
+        body = change.body
+        if change.path == "/team/new":
+            teams[body["team_id"]] = found_team(body)
+        elif change.path == "/team/update":
+            team = teams[body["team_id"]]
+            teams[team.name] = replace(team, **_written(team, body))
+        elif change.path == "/team/delete":
+            teams = {name: team for name, team in teams.items() if name not in body["team_ids"]}
+            keys = {token: key for token, key in keys.items() if key.team not in body["team_ids"]}
+        elif change.path == "/key/generate":
+            key = found_key({**body, "token": token_of(body["key"])})
+            keys[key.token] = key
+        elif change.path == "/key/update":
+            key = keys[body["key"]]
+            names = {"key_alias": "alias", "team_id": "team", "spend": "spend"}
+            moved = {name: body[part] for part, name in names.items() if part in body}
+            if "duration" in body:
+                lasts = body["duration"]
+                moved["expires"] = now + timedelta(seconds=int(lasts.rstrip("s"))) if lasts else None
+            keys[key.token] = replace(key, **moved, **_written(key, body))
+        else:
+            keys = {token: key for token, key in keys.items() if token not in body["keys"]}
+    return Found(teams, keys)
+
+
+def _written(there: FoundTeam | FoundKey, body: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {name: body.get(name, value) for name, value in there.fields.items()}
+    return {"fields": fields, "blocked": body.get("blocked", there.blocked)}
+
+
 def difference(changes: Iterable[Change]) -> dict[str, str]:
     """For --diff: the changed things before and after, never a key."""
     before, after = "", ""
@@ -688,9 +722,15 @@ def converge(
     if problems or check or not changes:
         return Result(found, changes, problems=problems)
     outcomes = apply(changes, lambda change: client.post(change.path, change.body))
-    if any(outcome.error for outcome in outcomes):
+    done = [outcome.change for outcome in outcomes if not outcome.error]
+    try:
+        found = look()
+    except LiteLLMError:
+        if len(done) == len(changes):
+            raise
+        return Result(foreseen(found, done, now), changes, outcomes)
+    if len(done) < len(changes):
         return Result(found, changes, outcomes)
-    found = look()
     astray, _ = plan(teams, found, now=now, overlap=overlap, prune=prune)
     return Result(found, changes, outcomes, astray=astray)
 

@@ -209,6 +209,11 @@ def _admin(settings: dict[str, Any]) -> Iterator[str]:
             yield f"nginx_admin_networks has {network!r} ({error}): write an address or a network as 10.0.0.0/24."
     if settings["nginx_admin_paths"] and not settings["nginx_admin_networks"]:
         yield "nginx_admin_paths is set, and nginx_admin_networks is empty: name the networks that may use them."
+    if settings["nginx_admin_paths"] and settings["nginx_forward_key"]:
+        yield (
+            f"nginx_admin_paths is {settings['nginx_admin_paths']}, which with tenants (nginx_forward_key) would lead "
+            "to LiteLLM's administration: take it out, and use LiteLLM on the gateway itself."
+        )
 
 
 def _numbers(settings: dict[str, Any]) -> Iterator[str]:

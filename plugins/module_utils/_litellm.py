@@ -35,7 +35,7 @@ SYSTEM_METADATA = ("team_member_budget_id",)  # LiteLLM's own, which an update l
 TOKEN = re.compile(r"[0-9a-f]{64}")
 PREDECESSOR = re.compile(r"(?P<alias>.+)@[0-9a-f]{8}", re.DOTALL)
 SECRET = re.compile(r"sk-[^\s'\",}\]]+")
-IDLE_MAX = 1.0  # seconds; LiteLLM closes a connection that has been idle for 5
+IDLE_MAX = 1.0  # seconds; uvicorn, by its own default, closes a connection that has been idle for 5
 PAGE = 100  # LiteLLM gives no more at once
 TOLD = 5  # of each kind, in one message
 SLACK = timedelta(seconds=60)  # by which two clocks, or the start and the end of a run, may differ
@@ -443,6 +443,40 @@ def _prune(teams: Sequence[Team], found: Found) -> list[Change]:
     return [*(_delete_key(row, row.label) for row in keys), *(_delete_team(team) for team in strangers)]
 
 
+def foreseen(found: Found, changes: Iterable[Change], now: datetime) -> Found:
+    """What LiteLLM has once it has taken these changes."""
+    teams, keys = dict(found.teams), dict(found.keys)
+    for change in changes:
+        body = change.body
+        if change.path == "/team/new":
+            teams[body["team_id"]] = found_team(body)
+        elif change.path == "/team/update":
+            team = teams[body["team_id"]]
+            teams[team.name] = replace(team, **_written(team, body))
+        elif change.path == "/team/delete":
+            teams = {name: team for name, team in teams.items() if name not in body["team_ids"]}
+            keys = {token: key for token, key in keys.items() if key.team not in body["team_ids"]}
+        elif change.path == "/key/generate":
+            key = found_key({**body, "token": token_of(body["key"])})
+            keys[key.token] = key
+        elif change.path == "/key/update":
+            key = keys[body["key"]]
+            names = {"key_alias": "alias", "team_id": "team", "spend": "spend"}
+            moved = {name: body[part] for part, name in names.items() if part in body}
+            if "duration" in body:
+                lasts = body["duration"]
+                moved["expires"] = now + timedelta(seconds=int(lasts.rstrip("s"))) if lasts else None
+            keys[key.token] = replace(key, **moved, **_written(key, body))
+        else:
+            keys = {token: key for token, key in keys.items() if token not in body["keys"]}
+    return Found(teams, keys)
+
+
+def _written(there: FoundTeam | FoundKey, body: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {name: body.get(name, value) for name, value in there.fields.items()}
+    return {"fields": fields, "blocked": body.get("blocked", there.blocked)}
+
+
 def difference(changes: Iterable[Change]) -> dict[str, str]:
     """For --diff: the changed things before and after, never a key."""
     before, after = "", ""
@@ -597,7 +631,10 @@ class Outcome:
 
 
 def apply(changes: Sequence[Change], send: Callable[[Change], None], workers: int = 4) -> list[Outcome]:
-    """Make the calls, several at a time. What needs something that has failed is left, and all when LiteLLM is gone."""
+    """Make the calls, several at a time. What needs something that has failed is left, and all when LiteLLM is gone.
+
+    Once something has failed nothing is deleted: with a team would go the keys that were to move away from it first.
+    """
     outcomes: list[Outcome] = []
     failed: set[str] = set()
     gone = ""
@@ -610,6 +647,8 @@ def apply(changes: Sequence[Change], send: Callable[[Change], None], workers: in
         needs = {change.name, change.name.partition("@")[0], change.name.partition("/")[0]} & failed
         if needs:
             return Outcome(change, f"Left, for {min(needs)} has failed")
+        if failed and change.phase in (REMOVE, REMOVE_TEAMS):
+            return Outcome(change, "Left, for nothing is deleted once something has failed")
         try:
             send(change)
         except LiteLLMError as error:
@@ -683,9 +722,15 @@ def converge(
     if problems or check or not changes:
         return Result(found, changes, problems=problems)
     outcomes = apply(changes, lambda change: client.post(change.path, change.body))
-    if any(outcome.error for outcome in outcomes):
+    done = [outcome.change for outcome in outcomes if not outcome.error]
+    try:
+        found = look()
+    except LiteLLMError:
+        if len(done) == len(changes):
+            raise
+        return Result(foreseen(found, done, now), changes, outcomes)
+    if len(done) < len(changes):
         return Result(found, changes, outcomes)
-    found = look()
     astray, _ = plan(teams, found, now=now, overlap=overlap, prune=prune)
     return Result(found, changes, outcomes, astray=astray)
 

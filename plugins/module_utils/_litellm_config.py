@@ -62,7 +62,7 @@ class Vulnerability:
         return any(Version(first) <= version < Version(fixed) for first, fixed in self.ranges)
 
 
-STOLEN = ("1.82.7", "1.82.8")
+STOLEN = (Version("1.82.7"), Version("1.82.8"))
 # Sources: the GitHub advisory database and PyPI's. In the order of the release that mends them.
 VULNERABILITIES = (
     Vulnerability("CVE-2026-35029", "a user can change the configuration and run commands", (("0", "1.83.0"),)),
@@ -87,7 +87,7 @@ def version_problems(version: str, accepted: Sequence[str]) -> list[str]:
         parsed = Version(version)
     except InvalidVersion:
         return [f"litellm_version is {version!r}: give a release as 1.106.2."]
-    if version in STOLEN:
+    if parsed in STOLEN:
         return [f"litellm_version is {version}, which was published by thieves and steals secrets: give another."]
     open_ones = [each for each in VULNERABILITIES if each.affects(parsed) and each.id not in accepted]
     if not open_ones:
@@ -297,10 +297,10 @@ def _models(models: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _prices(settings: Mapping[str, Any]) -> Iterator[str]:
-    known = [model.get("model") for model in settings["litellm_models"]]
+    kinds = {model.get("model"): model.get("kind") or "completion" for model in settings["litellm_models"]}
     for model, prices in settings["litellm_prices"].items():
-        if model not in known:
-            yield f"litellm_prices has {model!r}, which no engine serves: the models are {', '.join(map(str, known))}."
+        if model not in kinds:
+            yield f"litellm_prices has {model!r}, which no engine serves: the models are {', '.join(map(str, kinds))}."
         if not isinstance(prices, Mapping):
             yield f"litellm_prices has {prices!r} for {model!r}: give {{input: 0.15, output: 0.6}}, per million."
             continue
@@ -309,6 +309,9 @@ def _prices(settings: Mapping[str, Any]) -> Iterator[str]:
                 yield f"litellm_prices has {what!r} for {model!r}: give input and output, per million tokens."
             elif isinstance(price, bool) or not isinstance(price, (int, float)) or not 0 <= price < float("inf"):
                 yield f"litellm_prices has {price!r} as the {what} of {model!r}: give a number, per million tokens."
+        for what in ("input",) if kinds.get(model) == "embedding" else ("input", "output"):
+            if what not in prices:
+                yield f"litellm_prices has no {what} for {model!r}, which would be free: give it, or 0 to mean it."
 
 
 def _drained(settings: Mapping[str, Any]) -> Iterator[str]:

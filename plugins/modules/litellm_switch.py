@@ -144,7 +144,9 @@ class Instance:
             self.module.run_command(["systemctl", "reset-failed", unit_name(self.port)])
         else:
             self.restarts = unit.restarts
-        self.systemctl("start", unit_name(self.port))
+        code, _, error = self.module.run_command(["systemctl", "start", unit_name(self.port)])
+        if code:
+            raise NotServingError(f"systemd could not start it ({' '.join(error.split())})")
 
     def wait(self, timeout: int) -> None:
         deadline, why = time.monotonic() + timeout, "it does not answer"

@@ -12,7 +12,8 @@ description:
   - Reads once what LiteLLM has, writes what differs, several things at a time, and reads again whether it is so now.
   - What a team or a key does not say is LiteLLM's default, which is no limit.
   - Teams and keys that are not declared are reported, and touched only with O(prune).
-  - Where something cannot be done, the rest is done all the same, and the message says what is missing.
+  - Where something cannot be done, the rest is done all the same, and the message says what is missing. Then nothing is
+    deleted.
   - With another value than LiteLLM has, a key is rotated, as M(llmfleet.serving.litellm_key) says.
   - A key whose value LiteLLM knows by another name is renamed, or taken over.
 extends_documentation_fragment:
@@ -133,17 +134,21 @@ changes:
   type: list
   elements: str
 teams:
-  description: All teams as LiteLLM has them in the end; with C(declared) whether they are in O(tenants).
+  description:
+    - All teams as LiteLLM has them in the end, or in check mode would have them.
+    - With C(declared), whether they are in O(tenants).
   returned: when LiteLLM has answered
   type: list
   elements: dict
 keys:
-  description: All keys as LiteLLM has them in the end, without their values; with C(declared) as for RV(teams).
+  description: All keys, as RV(teams), without their values.
   returned: when LiteLLM has answered
   type: list
   elements: dict
 accepted:
-  description: C(name) and C(sha256) of all keys that LiteLLM lets in, whoever made them, not those blocked or expired.
+  description:
+    - C(name) and C(sha256) of all keys that LiteLLM lets in, whoever made them, not those blocked or expired.
+    - Where something has failed, those that it lets in now; in check mode, those that it would let in.
   returned: when LiteLLM has answered
   type: list
   elements: dict
@@ -248,11 +253,12 @@ def main() -> None:
             usage = _litellm.read_usage(client, asked["usage_days"], now)
     except _litellm.LiteLLMError as error:
         module.fail_json(msg=str(error))
+    found = _litellm.foreseen(result.found, result.changes, now) if module.check_mode else result.found
     answer = {
         "changed": result.changed,
         "changes": [str(change) for change in result.changes],
         "diff": _litellm.difference(result.changes),
-        **_litellm.report(result.found, teams, usage, now, asked["usage_days"]),
+        **_litellm.report(found, teams, usage, now, asked["usage_days"]),
     }
     if result.error:
         module.fail_json(msg=result.error, **answer)

@@ -184,7 +184,7 @@ def test_versions_with_known_vulnerabilities(version: str, ids: list[str]) -> No
     assert _litellm_config.version_problems(version, every[1:]) != []
 
 
-@pytest.mark.parametrize("version", ["1.82.7", "1.82.8"])
+@pytest.mark.parametrize("version", ["1.82.7", "1.82.8", "v1.82.8", "1.82.8.0"])
 def test_stolen_releases_are_never_accepted(version: str) -> None:
     every = [each.id for each in _litellm_config.VULNERABILITIES]
     (problem,) = _litellm_config.version_problems(version, every)
@@ -278,6 +278,7 @@ def test_which_database_is_local() -> None:
 def test_nothing_is_wrong() -> None:
     assert problems() == []
     assert problems(gateways=2, litellm_database_url=REMOTE, litellm_redis_url="rediss://:x@redis:6379") == []
+    assert problems(litellm_prices={"embed": {"input": 0.02}}) == []
     assert problems(litellm_redis_url="unix:///run/redis.sock", litellm_fallbacks={"qwen": ["embed"]}) == []
 
 
@@ -290,13 +291,16 @@ def test_nothing_is_wrong() -> None:
         ({"litellm_models": [{"model": "a", "servers": ["http://h:1"]}], "litellm_prices": {}}, ["http://h:1"]),
         ({"litellm_models": [{"model": "a", "servers": ["h:70000"]}], "litellm_prices": {}}, ["h:70000"]),
         ({"litellm_models": [{"model": "a", "servers": ["h:1"]}] * 2, "litellm_prices": {}}, ["twice"]),
-        ({"litellm_prices": {"qwen": {"input": -1}}}, ["input", "-1"]),
-        ({"litellm_prices": {"qwen": {"input": True}}}, ["True"]),
-        ({"litellm_prices": {"qwen": {"output": "0.5"}}}, ["'0.5'"]),
-        ({"litellm_prices": {"qwen": {"cached": 1}}}, ["cached"]),
+        ({"litellm_prices": {"qwen": {"input": -1, "output": 1}}}, ["input", "-1"]),
+        ({"litellm_prices": {"qwen": {"input": True, "output": 1}}}, ["True"]),
+        ({"litellm_prices": {"qwen": {"input": 1, "output": "0.5"}}}, ["'0.5'"]),
+        ({"litellm_prices": {"qwen": {"input": 1, "output": 1, "cached": 1}}}, ["cached"]),
+        ({"litellm_prices": {"qwen": {"input": 1}}}, ["no output for 'qwen'", "free"]),
+        ({"litellm_prices": {"qwen": {"output": 1}}}, ["no input for 'qwen'", "free"]),
+        ({"litellm_prices": {"embed": {"output": 1}}}, ["no input for 'embed'", "free"]),
         ({"litellm_prices": {"qwen": 1}}, ["1 for 'qwen'"]),
         ({"litellm_drained": ["10.0.0.9:8000"]}, ["litellm_drained has '10.0.0.9:8000'", "10.0.0.1:8000"]),
-        ({"litellm_prices": {"other": {}}}, ["'other', which no engine serves"]),
+        ({"litellm_prices": {"other": {"input": 1, "output": 1}}}, ["'other', which no engine serves"]),
         ({"litellm_fallbacks": {"other": ["qwen"]}}, ["'other'"]),
         ({"litellm_fallbacks": {"qwen": ["other"]}}, ["'other'"]),
         ({"litellm_fallbacks": {"qwen": "embed"}}, ["list"]),

@@ -29,6 +29,8 @@ if verb == "show":
     assert "--timestamp=us+utc" in sys.argv
     print("\\n\\n".join("\\n".join(f"{{key}}={{value}}" for key, value in unit(name).items()) for name in names))
 else:
+    if verb == state.get("refused"):
+        sys.exit("Job for it failed.\\nSee the journal.")
     state["calls"].append(" ".join([verb, *(name.split("@")[1].split(".")[0] for name in names)]))
     change = {{"start": state["started"], "stop": dict(ActiveState="inactive"),
                "enable": dict(UnitFileState="enabled"), "disable": dict(UnitFileState="disabled")}}
@@ -331,6 +333,16 @@ def test_an_instance_that_ends_is_not_waited_for(host: Host, litellm: LiteLLM) -
     host.write({**state, "started": {"ActiveState": "failed", "Result": "exit-code"}})
     failed = switch(host, litellm)
     assert "it has ended (exit-code). It was stopped. See:" in failed["msg"]
+
+
+def test_a_unit_that_cannot_be_started_is_stopped_and_explained(host: Host, litellm: LiteLLM) -> None:
+    host.unit(4999)
+    host.write({**host.read(), "refused": "start"})
+    failed = switch(host, litellm)
+    assert "cannot serve: systemd could not start it (Job for it failed. See the journal.)." in failed["msg"]
+    assert "It was stopped. What served before serves on." in failed["msg"]
+    assert failed["journal"] == ["KeyError: no such model"]
+    assert host.read()["calls"] == [f"{verb} {litellm.port}" for verb in ("stop", "reset-failed") * 2]
 
 
 def test_an_instance_without_a_database_is_given_its_time(host: Host, litellm: LiteLLM) -> None:

@@ -213,6 +213,18 @@ def test_from_any_inventory_to_any_other(
                 assert server.keys[there[alias]].get("expires") is None
 
 
+@given(inventories(), inventories(), st.sampled_from([0, 60, DAY]), st.booleans())
+def test_check_mode_foresees_what_litellm_will_have(
+    first: list[dict[str, Any]], second: list[dict[str, Any]], overlap: int, prune: bool
+) -> None:
+    server = LiteLLM()
+    server.apply(first)
+    before = server.found()
+    changes, _ = litellm.plan(litellm.declared(second), before, now=NOW, overlap=overlap, prune=prune)
+    server.apply(second, overlap=overlap, prune=prune)
+    assert litellm.foreseen(before, changes, NOW) == server.found()
+
+
 @given(inventories(), inventories(), st.randoms())
 def test_order_does_not_matter(first: list[dict[str, Any]], second: list[dict[str, Any]], random: Any) -> None:
     one, other = LiteLLM(), LiteLLM()
@@ -413,6 +425,8 @@ def test_what_fails_is_named_and_the_rest_is_done(run: Callable[..., dict[str, A
     assert "Of 10 changes 9 are done and 1 are not. POST /key/generate ended with status 400: no luck" in answer["msg"]
     assert "(key t2/k: create)" in answer["msg"]
     assert value(2) not in json.dumps(answer)
+    # nginx lets in those that LiteLLM has taken.
+    assert [key["name"] for key in answer["accepted"]] == ["t0/k", "t1/k", "t3/k", "t4/k"]
     server.fails = lambda path, body: None
     answer = run(wanted)
     assert answer["changes"] == ["key t2/k: create"]
@@ -425,6 +439,35 @@ def test_team_that_fails_keeps_its_keys_back(run: Callable[..., dict[str, Any]],
     assert "Left, for research has failed (key research/ci: create)" in answer["msg"]
     assert not answer["changed"]
     assert server.keys == {}
+
+
+def test_nothing_is_deleted_once_something_has_failed(run: Callable[..., dict[str, Any]], server: LiteLLM) -> None:
+    """Here a key moves to a team that cannot be made, and the team that it is still in is to go."""
+    server.apply([{"team": "old", "keys": [CI, {"name": "b", "key": value(2)}]}])
+    moved = [{"team": "old", "state": "absent"}, {"team": "new", "keys": [CI]}]
+    server.fails = lambda path, body: (500, "no") if path == "/team/new" else None
+    answer = run(moved)
+    assert "Left, for nothing is deleted once something has failed (team old: delete)" in answer["msg"]
+    assert set(server.keys) == {litellm.token_of(value(1)), litellm.token_of(value(2))}
+    server.fails = lambda path, body: None
+    assert "failed" not in run(moved)
+    assert server.aliases() == {"new/ci": litellm.token_of(value(1))}
+
+
+def test_litellm_that_goes_in_between_has_what_it_took(run: Callable[..., dict[str, Any]], server: LiteLLM) -> None:
+    server.apply(tenants(CI))
+    server.calls.clear()
+    server.fails = lambda path, body: (500, "gone") if "/key/generate" in dict(server.calls) else None
+    answer = run([*tenants(CI, state="blocked"), {"team": "t", "keys": [{"name": "k", "key": value(2)}]}])
+    assert "key t/k: create" in answer["msg"]
+    assert answer["accepted"] == []
+
+
+def test_check_mode_accepts_what_would_be_accepted(run: Callable[..., dict[str, Any]], server: LiteLLM) -> None:
+    server.apply(tenants(CI))
+    answer = run(tenants({**CI, "state": "absent"}, {"name": "b", "key": value(2)}), check=True)
+    assert answer["accepted"] == [{"name": "research/b", "sha256": litellm.token_of(value(2))}]
+    assert server.aliases() == {"research/ci": litellm.token_of(value(1))}
 
 
 def test_what_litellm_does_not_keep_is_an_error(run: Callable[..., dict[str, Any]], server: LiteLLM) -> None:

@@ -108,6 +108,10 @@ def test_nothing_is_wrong() -> None:
         ),
         ({"nginx_drained": ["gpu-1:2"]}, "nginx_drained has 'gpu-1:2'"),
         ({"nginx_admin_paths": ["/metrics"]}, "nginx_admin_networks is empty"),
+        (
+            {"nginx_admin_paths": ["/key"], "nginx_admin_networks": ["10.0.0.1"], "nginx_forward_key": True},
+            "nginx_admin_paths is ['/key'], which with tenants",
+        ),
         ({"nginx_admin_paths": ["/v1/models"], "nginx_admin_networks": ["10.0.0.1"]}, "decide for one"),
         ({"nginx_admin_networks": ["10.0.0.1/8"]}, "'10.0.0.1/8'"),
         ({"nginx_allowed_paths": ["/.llmfleet/1"]}, "uses itself"),

@@ -7,7 +7,10 @@ from openai import OpenAI
 from service import ask, key
 from testinfra.host import Host
 
-FILES = "/etc/litellm /opt/litellm /opt/uv /run/litellm /run/litellm-redis /var/cache/litellm /etc/llmfleet"
+FILES = (
+    "/etc/litellm /opt/litellm /opt/uv /run/litellm /run/litellm-redis /var/lib/litellm-redis /var/cache/litellm "
+    "/etc/llmfleet"
+)
 LEFT = (
     f"ls -d {FILES} 2>/dev/null; "
     "find /etc/systemd/system /usr/local/sbin -name '*litellm*.service' -o -name '*llmfleet*'; "

@@ -6,7 +6,7 @@ const MOST_BRACKETS = 100000;
 // Before LiteLLM, which would obey them, though no SDK sends them: they lead elsewhere, or let an answer go uncounted.
 const NOT_SENT = ['additional_drop_params', 'allowed_openai_params', 'api_base', 'api_key', 'base_url', 'custom_llm_provider',
     'drop_params', 'extra_body', 'extra_headers', 'headers', 'litellm_metadata', 'litellm_params', 'max_retries', 'num_retries',
-    'specific_deployment', 'stream_timeout', 'timeout'];
+    'specific_deployment', 'stream_timeout', 'tags', 'timeout'];
 const LISTED = ['cache-control', 'content-encoding', 'content-length', 'content-type', 'retry-after'];
 
 // The name of the key's owner, empty without a right key. llmfleet_keys is {SHA-256 of a key: name}, read from keys.json.
@@ -72,7 +72,7 @@ function route(r) {
         refuse(r, 400, 'You must provide a model parameter.', 'model', 'missing_model');
         return;
     }
-    const obeyed = r.variables.llmfleet_obeying && NOT_SENT.find((name) => body[name] !== undefined && body[name] !== null);
+    const obeyed = r.variables.llmfleet_obeying && NOT_SENT.find((name) => body[name] !== undefined);
     if (obeyed) {
         refuse(r, 400, `${obeyed} is not a parameter of this API.`, obeyed, 'unknown_parameter');
         return;

@@ -77,10 +77,10 @@ def test_keys_are_changed_blocked_rotated_and_deleted(api: OpenAI, tenants: list
 
 
 def test_budget_comes_to_its_end(gateway: Host, api: OpenAI) -> None:
+    """It is enough for 50 tokens: a first answer may be longer, and a later one is refused."""
     poor = key("apps", "poor")
-    assert ask(api, poor, tokens=64) == 200  # a budget for 50
-    support.wait_until(lambda: spend(gateway, "apps/poor") > 0.0001, 6 * BATCH_SECONDS)
-    support.wait_until(lambda: ask(api, poor) == 422, 90)
+    support.wait_until(lambda: ask(api, poor, tokens=64) == 422, 180)
+    assert spend(gateway, "apps/poor") > 0.0001
     assert ask(api, key("apps", "chat")) == 200
 
 

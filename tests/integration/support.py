@@ -81,16 +81,10 @@ def apply(playbook: str = "site", *arguments: str, variables: dict[str, Any] | N
     return run
 
 
-def cut_short(
-    when: Callable[[], bool], seconds: float, playbook: str = "site", variables: dict[str, Any] | None = None
-) -> None:
-    """Run a playbook and kill it, with all its processes on the controller, as soon as ``when`` is true."""
+def cut_short(when: Callable[[], bool], seconds: float) -> None:
+    """Run site.yml and kill it, with all its processes on the controller, as soon as ``when`` is true."""
     process = subprocess.Popen(
-        command(playbook, variables=variables),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd=PROJECT,
-        start_new_session=True,
+        command("site"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=PROJECT, start_new_session=True
     )
     try:
         wait_until(lambda: when() or process.poll() is not None, seconds)

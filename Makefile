@@ -29,6 +29,11 @@ lock: $(VENV)/.test
 	    uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	        --no-annotate --no-header $$name.in --output-file $$name.txt; \
 	done
+	cd roles/litellm/files/requirements && uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	    --no-emit-index-url --no-annotate --no-header litellm.in \
+	    --output-file "$$(sed -n 's/^litellm.*==//p' litellm.in).txt"
+	cd roles/litellm/files/prisma && npm install --package-lock-only --ignore-scripts --no-audit --no-fund
+	cd tests/standin/prisma && npm install --package-lock-only --ignore-scripts --no-audit --no-fund
 
 $(VENV)/.demo: requirements.txt
 	tests/bootstrap.sh requirements.txt

@@ -43,7 +43,7 @@ from ansible_collections.llmfleet.serving.plugins.module_utils._names import MAX
 
 KEY = re.compile(r"[A-Za-z0-9._~+/=-]+")  # RFC 6750's b64token, which needs no quoting in nginx
 KEY_MIN_LENGTH = 20
-KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/@-]{0,159}")  # a tenant's is team/name
 SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
 MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 SERVER = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?):([0-9]{1,5})")
@@ -131,7 +131,8 @@ def _keys(settings: dict[str, Any]) -> Iterator[str]:
     if settings["nginx_api_keys"]:
         yield "nginx_api_keys is now nginx_keys: list each key there with a name, and take nginx_api_keys out."
     keys = settings["nginx_keys"]
-    if not keys:
+    # Tenants may have no key that is let in, at first or when all are blocked.
+    if not keys and not settings["nginx_forward_key"]:
         yield "nginx_keys is empty: list at least one key, or remove the variable to have one generated."
     hashes: dict[str, int] = {}
     for index, entry in enumerate(keys):
@@ -145,7 +146,7 @@ def _keys(settings: dict[str, Any]) -> Iterator[str]:
             None if entry.get(part) is None else str(entry[part]) for part in ("name", "key", "sha256")
         )
         if not KEY_NAME.fullmatch(name or ""):
-            yield f"{where}.name is {name!r}: use up to 64 of A-Z a-z 0-9 . _ -, the first a letter or digit."
+            yield f"{where}.name is {name!r}: use up to 160 of A-Z a-z 0-9 . _ / @ -, the first a letter or digit."
         if (key is None) == (sha256 is None):
             yield f"{where} needs either key or sha256, and not both."
             continue
@@ -208,6 +209,11 @@ def _admin(settings: dict[str, Any]) -> Iterator[str]:
             yield f"nginx_admin_networks has {network!r} ({error}): write an address or a network as 10.0.0.0/24."
     if settings["nginx_admin_paths"] and not settings["nginx_admin_networks"]:
         yield "nginx_admin_paths is set, and nginx_admin_networks is empty: name the networks that may use them."
+    if settings["nginx_admin_paths"] and settings["nginx_forward_key"]:
+        yield (
+            f"nginx_admin_paths is {settings['nginx_admin_paths']}, which with tenants (nginx_forward_key) would lead "
+            "to LiteLLM's administration: take it out, and use LiteLLM on the gateway itself."
+        )
 
 
 def _numbers(settings: dict[str, Any]) -> Iterator[str]:

@@ -15,10 +15,21 @@ from typing import Any
 import jinja2
 import yaml
 from ansible.errors import AnsibleFilterError
-from ansible_collections.llmfleet.serving.plugins.module_utils import _firewall, _models, _plans
+from ansible_collections.llmfleet.serving.plugins.module_utils import (
+    _firewall,
+    _models,
+    _plans,
+    _postgresql,
+    _tenants,
+)
 from ansible_collections.llmfleet.serving.plugins.module_utils._planner import report
 
-SHARED = ("nginx_", "certbot_", "firewall_")  # prefixes that other people's variables have, too
+OF_NO_ROLE = {
+    *("serving_backends", "serving_plan_page", "serving_secrets_dir", "vllm_instances", "vllm_plans"),
+    *("litellm_server", "litellm_keys", "litellm_unserved", "serving_restore_file", "serving_restore_replace"),
+    *("serving_tenants", "serving_tenants_overlap", "serving_tenants_prune"),
+}
+SHARED = ("nginx_", "certbot_", "firewall_", "postgresql_")  # prefixes that other people's variables have, too
 
 
 def model_problems(models: Sequence[Mapping[str, Any]], port: int, environment: Mapping[str, Any]) -> list[str]:
@@ -59,8 +70,8 @@ def declared_options() -> dict[str, dict[str, Any]]:
 
 
 def known_variables() -> set[str]:
-    """Every variable that a role declares, and the few that belong to no role or that roles set."""
-    return {*declared_options(), "serving_plan_page", "serving_secrets_dir", "vllm_instances", "vllm_plans"}
+    """Every variable that a role declares, and those that belong to none or that playbooks and roles set."""
+    return {*declared_options(), *OF_NO_ROLE}
 
 
 def unknown_variables(names: Iterable[str]) -> list[str]:
@@ -144,6 +155,14 @@ def plan_page(hosts: Mapping[str, Mapping[str, Any]]) -> str:
     return environment.get_template("plan.html.j2").render(report.page(hosts)) + "\n"
 
 
+def tenant_problems(tenants: Any, models: Sequence[str] | None = None) -> list[str]:
+    return _tenants.tenant_problems(tenants, models)
+
+
+def tenants_table(report: Mapping[str, Any], width: int = 80) -> list[str]:
+    return _tenants.table(report, int(width))
+
+
 class FilterModule:
     def filters(self) -> dict[str, Any]:
         return {
@@ -162,7 +181,16 @@ class FilterModule:
             "plan_refusals": plan_refusals,
             "plan_request": _plans.plan_request,
             "plan_table": plan_table,
+            "postgresql_host_problems": _postgresql.host_problems,
+            "postgresql_problems": _postgresql.problems,
+            "postgresql_tuning": _postgresql.tuning,
             "probes": _models.probes,
+            "tenant_names": _tenants.names,
+            "tenant_probe": _tenants.probe,
+            "tenant_problems": tenant_problems,
+            "tenant_secrets": _tenants.secret_names,
+            "tenants_table": tenants_table,
+            "tenants_with_keys": _tenants.with_keys,
             "unknown_variables": unknown_variables,
             "version_findings": _models.version_findings,
             "watched": _models.watched,

@@ -29,6 +29,14 @@ options:
     description: Number of characters of a new secret. They are letters and digits, 5.95 bits each.
     type: int
     default: 43
+  prefix:
+    description: What a new secret begins with, before its O(length) characters.
+    type: str
+    default: ""
+  value:
+    description:
+      - What a secret is to be that does not exist yet, as one from a backup. Without this it is generated.
+    type: str
 """
 
 EXAMPLES = r"""
@@ -86,7 +94,8 @@ class LookupModule(LookupBase):
             raise AnsibleLookupError(f"llmfleet.serving.secret: {name!r} is no name of a secret: use A-Z a-z 0-9 _ -")
         path = folder / name
         if not path.exists():
-            value = "".join(secrets.choice(ALPHABET) for _ in range(self.get_option("length")))
+            random = "".join(secrets.choice(ALPHABET) for _ in range(self.get_option("length")))
+            value = self.get_option("value") or self.get_option("prefix") + random
             if check_mode:
                 return value
             self._create(path, value)

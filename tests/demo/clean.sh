@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 source tests/demo/common.sh
 
-for set in demo m-default m-fleet m-plan m-tls; do
+for set in demo m-default m-fleet m-plan m-tenants m-tls; do
     $sudo tests/hosts/hosts.py destroy --set $set
 done
 rm -rf build inventories/demo/.secrets inventories/demo/.plan.html .ansible .hypothesis .pytest_cache .ruff_cache .venv

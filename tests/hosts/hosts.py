@@ -442,12 +442,6 @@ class HostSet:
     def up(self) -> None:
         """Create what is missing and start what does not run."""
         self.save()
-        key = self.folder / "id_ed25519"
-        if not key.with_suffix(".pub").exists():
-            key.unlink(missing_ok=True)
-            new_key(key, self.comment)
-        for host in self.hosts.values():
-            self.create(host)
         self.start(list(self.hosts))
 
     # running
@@ -528,7 +522,13 @@ class HostSet:
         say(f"{host} {self.hosts[host].address}: up in {seconds:.0f} s")
 
     def start(self, names: list[str]) -> None:
-        """Start those of the named hosts that do not run, all at once, and wait for all."""
+        """Create and start those of the named hosts that do not run, all at once, and wait for all."""
+        key = self.folder / "id_ed25519"
+        if not key.with_suffix(".pub").exists():
+            key.unlink(missing_ok=True)
+            new_key(key, self.comment)
+        for name in names:
+            self.create(self.hosts[name])
         self.network()
         self.introduce()
         for name in names:
@@ -570,6 +570,20 @@ class HostSet:
                         folder.rmdir()
             time.sleep(0.05)
 
+    def discard(self, name: str) -> None:
+        """Kill a host and remove its tree."""
+        self.end(name)
+        self.keep_debs(name)
+        remove(Path("/run/systemd/nspawn/propagate", self.machine(name)))
+        tree = self.root(name)
+        new = tree.with_name("root.new")
+        remove(new)
+        if tree.exists():
+            inode = tree.stat()
+            Path(f"/run/systemd/nspawn/locks/inode-{inode.st_dev}:{inode.st_ino}").unlink(missing_ok=True)
+            tree.rename(new)  # half a tree must not be called "root"
+            remove(new)
+
     def destroy(self) -> None:
         """Remove every trace of the set, however little or much of it there is."""
         self.end("*")
@@ -578,12 +592,7 @@ class HostSet:
         if Path("/sys/class/net", self.bridge).exists():
             run("ip", "link", "delete", self.bridge)
         for tree in self.folder.glob("*/root"):
-            self.keep_debs(tree.parent.name)
-            remove(Path("/run/systemd/nspawn/propagate", self.machine(tree.parent.name)))
-            inode = tree.stat()
-            Path(f"/run/systemd/nspawn/locks/inode-{inode.st_dev}:{inode.st_ino}").unlink(missing_ok=True)
-            remove(tree.with_name("root.new"))
-            tree.rename(tree.with_name("root.new"))  # half a tree must not be called "root"
+            self.discard(tree.parent.name)
         remove(self.folder)
         with lock(self.state / "ip_forward") as saved:
             if not all_sets(self.state, self.cache):
@@ -644,9 +653,12 @@ def parser() -> argparse.ArgumentParser:
     up.add_argument("--subnet", type=ipaddress.IPv4Network, help="such as 10.77.1.0/24; needed for a new set")
     up.add_argument("--subnet6", type=ipaddress.IPv6Network, help="such as fd77:1::/64: .11 gets fd77:1::11")
     up.add_argument("--bind", action="append", default=[], metavar="SRC[:DST]", help="a read-only folder")
-    command("start", "Start hosts (default: all).").add_argument("hosts", nargs="*", metavar="HOST")
+    command("start", "Start hosts (default: all); bare ones where there are none.").add_argument(
+        "hosts", nargs="*", metavar="HOST"
+    )
     command("stop", "Shut hosts down (default: all).").add_argument("hosts", nargs="*", metavar="HOST")
-    command("destroy", "Remove the set with everything that belongs to it.")
+    destroy = command("destroy", "Remove the set with everything that belongs to it, or the trees of some hosts.")
+    destroy.add_argument("hosts", nargs="*", metavar="HOST")
     command("list", "Show every set.")
     ssh = command("ssh", "Run a command, or a shell, on a host.")
     ssh.add_argument("host", metavar="HOST")
@@ -672,7 +684,7 @@ def ssh_config(hosts: HostSet) -> Path:
 
 def change(args: argparse.Namespace, hosts: HostSet) -> None:
     """The commands that change a set; its lock is held."""
-    if args.command == "destroy":
+    if args.command == "destroy" and not args.hosts:
         hosts.destroy()
     elif args.command == "up":
         binds = [parse_bind(spec) for spec in args.bind] + find_links()
@@ -681,9 +693,16 @@ def change(args: argparse.Namespace, hosts: HostSet) -> None:
         hosts.up()
     else:
         names = args.hosts or list(hosts.hosts)
-        if unknown := [name for name in names if not hosts.root(name).exists()]:
+        if unknown := [name for name in names if name not in hosts.hosts]:
             raise HostsError(f"set {hosts.name} has no host {', '.join(unknown)}: see `hosts.py list`")
-        (hosts.start if args.command == "start" else hosts.stop)(names)
+        if args.command == "start":
+            hosts.start(names)
+        elif args.command == "stop":
+            hosts.stop(names)
+        else:
+            for name in names:
+                hosts.discard(name)
+                say(f"{name}: destroyed")
 
 
 def main() -> None:

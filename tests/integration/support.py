@@ -45,6 +45,11 @@ class Run:
         return sum(int(count) for count in re.findall(rf"\b{what}=(\d+)", self.output))
 
     @property
+    def said(self) -> str:
+        """The output on one line, for lines break where they will."""
+        return " ".join(self.output.split())
+
+    @property
     def tasks(self) -> int:
         return len(re.findall(r"^TASK \[", self.output, re.MULTILINE))
 
@@ -102,7 +107,9 @@ def secret(name: str) -> str:
 
 
 @contextmanager
-def client(address: str, authorities: Path = INVENTORY / ".secrets" / "ca.crt") -> Iterator[OpenAI]:
+def client(
+    address: str, authorities: Path = INVENTORY / ".secrets" / "ca.crt", key: str | None = None
+) -> Iterator[OpenAI]:
     """The OpenAI client, as an application would use it, with the service's name resolving to ``address``."""
     ask = socket.getaddrinfo
 
@@ -114,7 +121,7 @@ def client(address: str, authorities: Path = INVENTORY / ".secrets" / "ca.crt") 
         patch.setattr(socket, "getaddrinfo", resolve)
         patch.setenv("SSL_CERT_FILE", str(authorities))
         patch.delenv("SSL_CERT_DIR", raising=False)
-        yield OpenAI(base_url=f"https://{NAME}/v1", api_key=secret("api_key"), max_retries=0, timeout=120)
+        yield OpenAI(base_url=f"https://{NAME}/v1", api_key=key or secret("api_key"), max_retries=0, timeout=120)
 
 
 def stream(api: OpenAI, model: str, tokens: int) -> list[tuple[float, str]]:

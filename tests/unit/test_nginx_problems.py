@@ -26,6 +26,7 @@ def problems(**changes: Any) -> list[str]:
         "nginx_backends": [{"model": "org/tiny-1.5:chat", "servers": ["10.0.0.1:8000", "[fd77::1]:8000", "gpu-1:1"]}],
         "nginx_keys": [{"name": "default", "key": SECRET}],
         "nginx_api_keys": [],
+        "nginx_forward_key": False,
         "nginx_backend_key": SECRET,
         "nginx_http_port": 80,
         "nginx_https_port": 443,
@@ -49,6 +50,10 @@ def problems(**changes: Any) -> list[str]:
         **changes,
     }
     return nginx_problems({"name": nginx_name(settings["nginx_server_name"]), **settings})
+
+
+def test_where_tenants_have_no_keys_nobody_is_let_in() -> None:
+    assert problems(nginx_keys=[], nginx_forward_key=True) == []
 
 
 @pytest.mark.parametrize(
@@ -103,6 +108,10 @@ def test_nothing_is_wrong() -> None:
         ),
         ({"nginx_drained": ["gpu-1:2"]}, "nginx_drained has 'gpu-1:2'"),
         ({"nginx_admin_paths": ["/metrics"]}, "nginx_admin_networks is empty"),
+        (
+            {"nginx_admin_paths": ["/key"], "nginx_admin_networks": ["10.0.0.1"], "nginx_forward_key": True},
+            "nginx_admin_paths is ['/key'], which with tenants",
+        ),
         ({"nginx_admin_paths": ["/v1/models"], "nginx_admin_networks": ["10.0.0.1"]}, "decide for one"),
         ({"nginx_admin_networks": ["10.0.0.1/8"]}, "'10.0.0.1/8'"),
         ({"nginx_allowed_paths": ["/.llmfleet/1"]}, "uses itself"),

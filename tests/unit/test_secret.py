@@ -110,14 +110,29 @@ def test_folder_and_length_can_be_chosen(look_up: LookUp, tmp_path: Path) -> Non
     assert not (tmp_path / "inventory/.secrets").exists()
 
 
+def test_prefix_is_part_of_a_new_secret(plugin: secret.LookupModule, tmp_path: Path) -> None:
+    plugin.get_option = {"length": 20, "prefix": "sk-"}.get
+    made = plugin._secret(tmp_path, "key", False)
+    assert re.fullmatch(r"sk-[A-Za-z0-9]{20}", made)
+    plugin.get_option = {"length": 20, "prefix": "other-"}.get
+    assert plugin._secret(tmp_path, "key", False) == made
+
+
 # --- the plugin alone ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def plugin() -> secret.LookupModule:
     plugin = secret.LookupModule(loader=DataLoader())
-    plugin.get_option = {"length": 43, "folder": None}.get
+    plugin.get_option = {"length": 43, "folder": None, "prefix": ""}.get
     return plugin
+
+
+def test_given_value_is_written_once_and_replaces_nothing(plugin: secret.LookupModule, tmp_path: Path) -> None:
+    for value in ("from-a-backup", "another"):
+        plugin.get_option = {"length": 43, "value": value}.get
+        assert plugin._secret(tmp_path, "key", False) == "from-a-backup"
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
 
 
 # One process: waits for the others, then asks for the same twenty secrets as they do.
@@ -128,7 +143,7 @@ sys.path.insert(0, sys.argv[1])
 from ansible.parsing.dataloader import DataLoader
 from ansible_collections.llmfleet.serving.plugins.lookup.secret import LookupModule
 plugin = LookupModule(loader=DataLoader())
-plugin.get_option = lambda _name: 43
+plugin.get_option = {"length": 43, "prefix": ""}.get
 print(flush=True)
 sys.stdin.read()
 print(*(plugin._secret(Path(sys.argv[2]), f"key{number}", False) for number in range(20)))

@@ -3,6 +3,10 @@
 import crypto from 'crypto';
 
 const MOST_BRACKETS = 100000;
+// Before LiteLLM, which would obey them, though no SDK sends them: they lead elsewhere, or let an answer go uncounted.
+const NOT_SENT = ['additional_drop_params', 'allowed_openai_params', 'api_base', 'api_key', 'base_url', 'custom_llm_provider',
+    'drop_params', 'extra_body', 'extra_headers', 'headers', 'litellm_metadata', 'litellm_params', 'max_retries', 'num_retries',
+    'specific_deployment', 'stream_timeout', 'tags', 'timeout'];
 const LISTED = ['cache-control', 'content-encoding', 'content-length', 'content-type', 'retry-after'];
 
 // The name of the key's owner, empty without a right key. llmfleet_keys is {SHA-256 of a key: name}, read from keys.json.
@@ -68,6 +72,16 @@ function route(r) {
         refuse(r, 400, 'You must provide a model parameter.', 'model', 'missing_model');
         return;
     }
+    const obeyed = r.variables.llmfleet_obeying && NOT_SENT.find((name) => body[name] !== undefined);
+    if (obeyed) {
+        refuse(r, 400, `${obeyed} is not a parameter of this API.`, obeyed, 'unknown_parameter');
+        return;
+    }
+    // vLLM takes 1 and "yes" as true. LiteLLM does not, and would count no tokens.
+    if (![undefined, null, true, false].includes(body.stream)) {
+        refuse(r, 400, 'stream must be true or false.', 'stream', 'invalid_value');
+        return;
+    }
     const most = Number(r.variables.llmfleet_max_choices);
     const wrong = ['n', 'best_of'].find((name) => !isChoices(body[name], most));
     if (wrong) {
@@ -104,9 +118,10 @@ async function models(r) {
         return;
     }
     const known = routes(r);
-    const served = Object.keys(known).filter((model) => known[model]);
-    const replies = await Promise.all(served.map(
-        (model) => r.subrequest(`/.llmfleet/${known[model]}/v1/models`, {method: 'GET'})));
+    const upstreams = Object.keys(known).map((model) => known[model]);
+    const asked = upstreams.filter((number, at) => number && upstreams.indexOf(number) === at);
+    const replies = await Promise.all(asked.map(
+        (number) => r.subrequest(`/.llmfleet/${number}/v1/models`, {method: 'GET'})));
     let data = [];
     let answered = false;
     replies.forEach((reply) => {
@@ -121,7 +136,7 @@ async function models(r) {
         }
     });
     if (!answered) {
-        r.return(served.length ? 502 : 503);
+        r.return(asked.length ? 502 : 503);
         return;
     }
     r.headersOut['Content-Type'] = 'application/json';

@@ -1,0 +1,187 @@
+"""Teams and keys of the inventory, as clients meet them: nginx, LiteLLM, PostgreSQL and vLLM together."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import support
+from openai import OpenAI
+from service import BATCH_SECONDS, DECLARED, METRICS, ask, key, serving, spend
+from testinfra.host import Host
+
+TENANTS = DECLARED["vars"]["serving_tenants"]
+PRICE = 2e-6  # of a token that tiny says
+
+
+@pytest.fixture
+def tenants() -> Iterator[list[dict[str, Any]]]:
+    """Those of the inventory, to be changed; afterwards they are again what they were."""
+    changed = copy.deepcopy(TENANTS)
+    yield changed
+    if changed != TENANTS:
+        apply(TENANTS)
+
+
+def apply(tenants: list[dict[str, Any]], *arguments: str, **variables: Any) -> support.Run:
+    given = {"serving_tenants": tenants, "serving_tenants_prune": True, **variables}
+    return support.apply("tenants", *arguments, variables=given)
+
+
+# --- what each may do -----------------------------------------------------------------------------------------
+
+
+def test_second_run_changes_nothing() -> None:
+    again = support.apply("site")
+    assert again.total("changed") == 0, again.output
+    print(f"no-change run of gateway and engine with tenants: {again.tasks} tasks, {again.seconds:.1f} s")
+
+
+def test_keys_open_what_their_teams_may_use(api: OpenAI) -> None:
+    assert ask(api, key("research", "ci")) == 200
+    assert ask(api, key("apps", "chat"), "second") == 200
+    assert ask(api, key("research", "ci"), "second") in (401, 403)
+    assert ask(api, "sk-" + "x" * 40) == 401
+    assert [model.id for model in api.with_options(api_key=key("research", "ci")).models.list()] == ["tiny"]
+
+
+def test_answer_streams_through_litellm(api: OpenAI) -> None:
+    pieces = support.stream(api.with_options(api_key=key("apps", "chat")), "tiny", 64)
+    assert len({round(when, 3) for when, _ in pieces}) > 16
+
+
+def test_keys_are_changed_blocked_rotated_and_deleted(api: OpenAI, tenants: list[dict[str, Any]]) -> None:
+    old, new = key("apps", "chat"), "sk-" + "another-key-of-the-apps-" * 2
+    changing, leaving = key("apps", "changing"), key("apps", "leaving")
+    assert (ask(api, changing), ask(api, leaving)) == (200, 200)
+    mine = {entry["name"]: entry for entry in tenants[1]["keys"]}
+    mine["chat"]["key"] = new
+    mine["changing"]["models"] = ["second"]
+    mine["leaving"]["state"] = "blocked"
+    apply(tenants, serving_tenants_overlap=3600)
+    assert (ask(api, old), ask(api, new)) == (200, 200)
+    assert ask(api, changing) == 403
+    assert ask(api, leaving) == 401
+    tenants[1]["keys"].remove(mine["leaving"])
+    mine["chat"]["key"] = old
+    apply(tenants, serving_tenants_overlap=0)
+    assert (ask(api, old), ask(api, new)) == (200, 401)
+    assert ask(api, changing, "second") == 200
+    assert ask(api, leaving) == 401
+
+
+def test_budget_comes_to_its_end(gateway: Host, api: OpenAI) -> None:
+    """It is enough for 50 tokens: a first answer may be longer, and a later one is refused."""
+    poor = key("apps", "poor")
+    support.wait_until(lambda: ask(api, poor, tokens=64) == 422, 180)
+    assert spend(gateway, "apps/poor") > 0.0001
+    assert ask(api, key("apps", "chat")) == 200
+
+
+def test_limits_hold_across_workers(api: OpenAI) -> None:
+    """Of requests exactly; of tokens nearly, for what a request takes is known only when it ends."""
+    for name, least, most in (("rpm", 10, 10), ("tpm", 10, 400 // 16 + 4)):
+        limited = key("apps", name)
+        time.sleep(61 - time.time() % 60)  # limits count by the clock's minute
+        with ThreadPoolExecutor(4) as pool:
+            found = Counter(pool.map(lambda _, limited=limited: ask(api, limited, tokens=16), range(40)))
+        print(f"{name}: {dict(found)}")
+        assert set(found) == {200, 429}
+        assert least <= found[200] <= most
+
+
+# --- faults ---------------------------------------------------------------------------------------------------
+
+
+def test_database_that_is_away(gateway: Host, api: OpenAI) -> None:
+    """Keys that were in use go on, and nothing that they spend is lost."""
+    used = key("apps", "chat")
+    assert ask(api, used) == 200
+    time.sleep(2 * BATCH_SECONDS)
+    before = spend(gateway, "apps/chat")
+    gateway.check_output("systemctl stop 'postgresql@*'")
+    try:
+        answers = Counter(ask(api, used) for _ in range(10))
+    finally:
+        gateway.check_output("systemctl start postgresql")
+        gateway.check_output("systemctl start 'postgresql@*-main' || systemctl restart postgresql")
+    print("while PostgreSQL was away:", dict(answers))
+    assert answers[200] == 10
+    assert ask(api, used) == 200
+    support.wait_until(lambda: spend(gateway, "apps/chat") >= before + 11 * 8 * PRICE, 6 * BATCH_SECONDS)
+
+
+def test_litellm_that_is_killed_comes_back(gateway: Host, api: OpenAI) -> None:
+    port, cut = serving(gateway), []
+
+    def listen() -> None:
+        try:
+            support.stream(api.with_options(api_key=key("apps", "chat")), "tiny", 1500)
+        except Exception as error:
+            cut.append(error)
+
+    stream = threading.Thread(target=listen)
+    stream.start()
+    time.sleep(2)
+    gateway.check_output(f"systemctl kill --kill-whom=all --signal=KILL litellm@{port}")
+    stream.join(60)
+    assert cut, "the stream did not notice"
+    start = time.monotonic()
+    support.wait_until(lambda: ask(api, key("apps", "chat")) == 200, 120)
+    print(f"LiteLLM serves again after {time.monotonic() - start:.0f} s")
+
+
+# --- what is spent ----------------------------------------------------------------------------------------------
+
+
+def counted(gateway: Host) -> float:
+    """What vLLM's own counters say that tiny's tokens cost."""
+    asked, said = (
+        support.metric(gateway, METRICS["tiny"], f"vllm:{kind}_tokens_total") for kind in ("prompt", "generation")
+    )
+    return asked * 1e-6 + said * PRICE
+
+
+def cost_of(gateway: Host, requests: Callable[[], None]) -> tuple[float, float]:
+    """What LiteLLM has recorded for the requests, and what they cost by vLLM's counters."""
+    time.sleep(2 * BATCH_SECONDS)
+    spent, counts = spend(gateway, "apps/chat"), counted(gateway)
+    requests()
+    time.sleep(3 * BATCH_SECONDS)
+    return spend(gateway, "apps/chat") - spent, counted(gateway) - counts
+
+
+def test_spend_is_what_vllm_counted(gateway: Host, api: OpenAI) -> None:
+    """To the token. Of what is cut that is charged which LiteLLM had, but not what vLLM made until it noticed."""
+    used = api.with_options(api_key=key("apps", "chat"))
+    read = 12
+
+    def stream(number: int, cut: bool) -> None:
+        what: dict[str, Any] = {"model": "tiny", "max_tokens": 48, "stream": True, "extra_body": {"ignore_eos": True}}
+        text = f"Say something, for the {number}th time."
+        if number % 4:
+            pieces = used.chat.completions.create(messages=[{"role": "user", "content": text}], temperature=0.8, **what)
+        else:
+            pieces = used.completions.create(prompt=text, temperature=0.8, **what)
+        for count, _ in enumerate(pieces):
+            if cut and count == read:
+                pieces.close()
+                break
+
+    def streams(count: int, cut: bool) -> None:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda number: stream(number, cut), range(count)))
+
+    spent, cost = cost_of(gateway, lambda: streams(400, cut=False))
+    print(f"400 whole streams: vLLM counted {cost:.6f}, LiteLLM recorded {spent:.6f}")
+    assert spent == pytest.approx(cost, rel=1e-9)
+    spent, cost = cost_of(gateway, lambda: streams(100, cut=True))
+    lost = (cost - spent) / PRICE / 100
+    print(f"100 cut streams: vLLM counted {cost:.6f}, LiteLLM recorded {spent:.6f}, {lost:.1f} tokens less for each")
+    assert 100 * read * PRICE <= spent <= cost * (1 + 1e-9)

@@ -1,0 +1,405 @@
+# Copyright: llmfleet developers
+# GNU General Public License v3.0+ (see LICENSE)
+"""PRIVATE to the collection: from the inventory to LiteLLM's configuration, and what is wrong with its variables.
+
+Pure: no Ansible import and no I/O. Runs on the controller.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from packaging.version import InvalidVersion, Version
+
+MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
+SERVER = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?):([0-9]{1,5})")
+ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+MASTER_KEY = re.compile(r"sk-[A-Za-z0-9_-]{20,}")
+KEY = re.compile(r"[A-Za-z0-9._~+/=-]{20,}")
+FOLDER = re.compile(r"(/[A-Za-z0-9._-]+)+")
+MODES = {"completion": "chat", "embedding": "embedding"}
+MILLION = 1_000_000
+# What a client can bring about by itself, as by a key or a timeout in the body: no replica is put aside for that.
+CLIENTS_ERRORS = ("Authentication", "BadRequest", "NotFound", "RateLimit", "Timeout")
+NEVER = 10**9
+MAX_PORT = 65535
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+TLS = ("require", "verify-ca", "verify-full")
+AT_LEAST = {  # and what each counts
+    "litellm_workers": (0, "processes"),
+    "litellm_database_connections": (1, "connection"),
+    "litellm_retries": (0, "retries"),
+    "litellm_request_timeout": (1, "second"),
+    "litellm_allowed_fails": (0, "failures"),
+    "litellm_cooldown_seconds": (0, "seconds"),
+    "litellm_batch_write_seconds": (1, "second"),
+    "litellm_start_timeout": (10, "seconds"),
+    "litellm_shutdown_timeout": (1, "second"),
+}
+# Set by the role from other variables; by litellm_environment they would count twice, or not at all.
+OWNED = (
+    *("DATABASE_URL", "LITELLM_MASTER_KEY", "LITELLM_SALT_KEY", "LITELLM_BACKEND_KEY", "LITELLM_REDIS_URL"),
+    *("CONFIG_FILE_PATH", "NUM_WORKERS", "WEB_CONCURRENCY", "SLACK_WEBHOOK_URL", "WEBHOOK_URL", "DISABLE_ADMIN_UI"),
+)
+
+
+# --- versions ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Vulnerability:
+    """One advisory. ``ranges`` are the first affected version and the one that mends it."""
+
+    id: str
+    what: str
+    ranges: tuple[tuple[str, str], ...]
+
+    def affects(self, version: Version) -> bool:
+        return any(Version(first) <= version < Version(fixed) for first, fixed in self.ranges)
+
+
+STOLEN = (Version("1.82.7"), Version("1.82.8"))
+# Sources: the GitHub advisory database and PyPI's. In the order of the release that mends them.
+VULNERABILITIES = (
+    Vulnerability("CVE-2026-35029", "a user can change the configuration and run commands", (("0", "1.83.0"),)),
+    Vulnerability("CVE-2026-42208", "SQL injection without a key", (("1.81.16", "1.83.7"),)),
+    Vulnerability("CVE-2026-42271", "commands by the MCP test endpoint", (("1.74.2", "1.83.7"),)),
+    Vulnerability("CVE-2026-42203", "template injection", (("1.80.5", "1.83.7"),)),
+    Vulnerability("PYSEC-2026-4070", "server-side request forgery", (("0", "1.83.9"),)),
+    Vulnerability("CVE-2026-40217", "code that leaves its sandbox", (("1.81.8", "1.83.10"),)),
+    Vulnerability("CVE-2026-47102", "a user can become administrator", (("0", "1.83.10"),)),
+    Vulnerability("CVE-2026-47101", "a key with an administrator's routes", (("0", "1.83.14"),)),
+    Vulnerability("CVE-2026-49468", "no key needed with another Host header", (("0", "1.84.0"),)),
+    Vulnerability(
+        "CVE-2026-114612",
+        "an internal user can become administrator and run commands on the host",
+        (("1.87.0", "1.100.4"), ("1.101.0", "1.101.3"), ("1.102.0", "1.102.2"), ("1.103.0", "1.103.1")),
+    ),
+)
+
+
+def version_problems(version: str, accepted: Sequence[str]) -> list[str]:
+    try:
+        parsed = Version(version)
+    except InvalidVersion:
+        return [f"litellm_version is {version!r}: give a release as 1.106.2."]
+    if parsed in STOLEN:
+        return [f"litellm_version is {version}, which was published by thieves and steals secrets: give another."]
+    open_ones = [each for each in VULNERABILITIES if each.affects(parsed) and each.id not in accepted]
+    if not open_ones:
+        return []
+    found = "; ".join(f"{each.id} ({each.what})" for each in open_ones)
+    ids = ", ".join(each.id for each in open_ones)
+    return [
+        f"litellm_version is {version}, which has known vulnerabilities: {found}. "
+        f"Give a later one, or put into litellm_accept_known_vulnerabilities: {ids}."
+    ]
+
+
+# --- the database --------------------------------------------------------------------------------------------
+
+
+def socket_folder(url: str) -> str:
+    """The folder of PostgreSQL's socket that the URL names, or nothing."""
+    host = parse_qs(urlsplit(url).query).get("host", [""])[0]
+    return host if host.startswith("/") else ""
+
+
+def is_local(url: str) -> bool:
+    return bool(socket_folder(url)) or urlsplit(url).hostname in LOCAL_HOSTS
+
+
+def database_place(url: str) -> str:
+    """Which database that is, without its password."""
+    parts = urlsplit(url)
+    return f"{parts.username}@{socket_folder(url) or parts.hostname}:{parts.port or 5432}{parts.path}"
+
+
+def database_url(url: str, connections: int) -> str:
+    """With the size of each worker's pool, as Prisma takes it, where the URL itself does not say."""
+    if "connection_limit=" in urlsplit(url).query:
+        return url
+    return f"{url}{'&' if '?' in url else '?'}connection_limit={connections}"
+
+
+def database_problems(url: str) -> Iterator[str]:
+    """Never returns a part of the URL but its scheme, for it may hold a password."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        yield "litellm_database_url is no URL: percent-encode what is special in its user and password."
+        return
+    if parts.scheme not in ("postgresql", "postgres"):
+        yield f"litellm_database_url begins with {parts.scheme!r}: LiteLLM keeps keys in PostgreSQL alone; give postgresql://."
+        return
+    if parts.netloc.count("@") > 1 or parts.fragment or re.search(r"[\s\"'\\]", url):
+        yield (
+            "litellm_database_url has a character that must be percent-encoded in a user or password: "
+            "use the filter urlencode, and replace / by %2F."
+        )
+    elif not parts.username or not host or not re.fullmatch(r"/[^/]+", parts.path):
+        yield "litellm_database_url lacks a user, host or database: give postgresql://user:password@host:5432/database."
+    elif port == 0:
+        yield "litellm_database_url has port 0: give PostgreSQL's, or none for 5432."
+    elif not is_local(url) and parse_qs(parts.query).get("sslmode", [""])[0] not in TLS:
+        yield (
+            f"litellm_database_url leads to {host} without TLS: add sslmode=require, "
+            "and sslcert=<file with its CA> with sslaccept=strict to have its certificate checked."
+        )
+
+
+# --- the configuration ---------------------------------------------------------------------------------------
+
+
+def deployments(
+    models: Sequence[Mapping[str, Any]],
+    prices: Mapping[str, Mapping[str, float]],
+    allowed_fails: int,
+    drained: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """One entry of LiteLLM's ``model_list`` for each replica of each model. ``prices`` are per million tokens."""
+    return [
+        {
+            "model_name": model["model"],
+            "litellm_params": {
+                "model": f"hosted_vllm/{model['model']}",
+                "api_base": f"http://{server}/v1",
+                "api_key": "os.environ/LITELLM_BACKEND_KEY",
+                **{
+                    f"{what}_cost_per_token": prices.get(model["model"], {}).get(what, 0) / MILLION
+                    for what in ("input", "output")
+                },
+            },
+            "model_info": {
+                "id": f"{model['model']}@{server}",
+                "mode": MODES[model.get("kind") or "completion"],
+                # Counted here, a model's only replica is never put aside.
+                "allowed_fails": allowed_fails,
+                "allowed_fails_policy": {f"{error}ErrorAllowedFails": NEVER for error in CLIENTS_ERRORS},
+            },
+        }
+        for model in models
+        for server in model["servers"]
+        if server not in drained
+    ]
+
+
+def config(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """LiteLLM's own configuration file. Secrets stay in the environment."""
+    general: dict[str, Any] = {
+        "master_key": "os.environ/LITELLM_MASTER_KEY",
+        "allow_requests_on_db_unavailable": settings["litellm_allow_requests_on_db_unavailable"],
+        "proxy_batch_write_at": settings["litellm_batch_write_seconds"],
+        "disable_prisma_schema_update": True,  # migrations are a step of their own
+    }
+    if settings["alerting"]:
+        general |= {"alerting": settings["alerting"], "alert_types": ["budget_alerts"]}
+    if settings["redis"]:
+        general["coordination_redis"] = {"url": "os.environ/LITELLM_REDIS_URL"}
+        # What has been spent waits there for the database; from a worker's memory it is dropped after a few attempts.
+        general["use_redis_transaction_buffer"] = True
+    made = {
+        "model_list": deployments(
+            settings["litellm_models"],
+            settings["litellm_prices"],
+            settings["litellm_allowed_fails"],
+            settings["litellm_drained"],
+        ),
+        "router_settings": {
+            "routing_strategy": "simple-shuffle",
+            # LiteLLM tries again only what has not yet given a token.
+            "num_retries": settings["litellm_retries"],
+            "timeout": settings["litellm_request_timeout"],
+            "cooldown_time": settings["litellm_cooldown_seconds"],
+            "fallbacks": [{model: others} for model, others in settings["litellm_fallbacks"].items()],
+        },
+        "litellm_settings": {
+            "callbacks": ["prometheus", "llmfleet_usage.continuous_usage"],
+            "require_auth_for_metrics_endpoint": False,  # who is on the host may read them; nginx does not pass them on
+            "request_timeout": settings["litellm_request_timeout"],
+            "turn_off_message_logging": True,
+            # Clients choose `user`. One that PostgreSQL refuses, as \0, would keep all spending from being written.
+            "disable_end_user_cost_tracking": True,
+        },
+        "general_settings": general,
+    }
+    return _merged(made, settings["litellm_config"])
+
+
+def _merged(made: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    both = dict(made)
+    for key, value in own.items():
+        before = both.get(key)
+        both[key] = _merged(before, value) if isinstance(before, Mapping) and isinstance(value, Mapping) else value
+    return both
+
+
+# --- problems ------------------------------------------------------------------------------------------------
+
+
+def problems(settings: Mapping[str, Any]) -> list[str]:
+    """One sentence for each, with the variable, the value unless it is secret, and the remedy."""
+    return [
+        *_version(settings),
+        *_models(settings["litellm_models"]),
+        *_prices(settings),
+        *_drained(settings),
+        *_fallbacks(settings),
+        *_secrets(settings),
+        *database_problems(settings["litellm_database_url"]),
+        *_ports(settings["litellm_ports"]),
+        *_numbers(settings),
+        *_redis(settings),
+        *_gateways(settings),
+        *_alerts(settings),
+        *_environment(settings["litellm_environment"]),
+        *_engines_dir(settings["litellm_prisma_engines_dir"]),
+    ]
+
+
+def _version(settings: Mapping[str, Any]) -> Iterator[str]:
+    version = settings["litellm_version"]
+    yield from version_problems(version, settings["litellm_accept_known_vulnerabilities"])
+    if not settings["requirements"]:
+        yield (
+            f"litellm_version is {version}, and litellm_requirements_file names no file that the controller has: "
+            "give the file of that version's packages with their hashes, or leave both at their defaults."
+        )
+
+
+def _models(models: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    if not models:
+        yield "litellm_models is empty: name at least one model with its servers."
+    seen: set[str] = set()
+    for model in models:
+        name = str(model.get("model", ""))
+        if not MODEL.fullmatch(name):
+            yield (
+                f"litellm_models has a model {name!r}: "
+                "use at most 128 of A-Z a-z 0-9 . _ : / -, beginning with a letter or digit."
+            )
+        if name in seen:
+            yield f"litellm_models has the model {name!r} twice: put all its servers into one entry."
+        seen.add(name)
+        if not model.get("servers"):
+            yield f"litellm_models has no servers for the model {name!r}: name at least one, or remove the model."
+        for server in model.get("servers") or ():
+            match = SERVER.fullmatch(str(server))
+            if not match or not 0 < int(match[3]) <= MAX_PORT:
+                yield (
+                    f"litellm_models has a server {server!r} for the model {name!r}: write host:port or [address]:port."
+                )
+
+
+def _prices(settings: Mapping[str, Any]) -> Iterator[str]:
+    kinds = {model.get("model"): model.get("kind") or "completion" for model in settings["litellm_models"]}
+    for model, prices in settings["litellm_prices"].items():
+        if model not in kinds:
+            yield f"litellm_prices has {model!r}, which no engine serves: the models are {', '.join(map(str, kinds))}."
+        if not isinstance(prices, Mapping):
+            yield f"litellm_prices has {prices!r} for {model!r}: give {{input: 0.15, output: 0.6}}, per million."
+            continue
+        for what, price in prices.items():
+            if what not in ("input", "output"):
+                yield f"litellm_prices has {what!r} for {model!r}: give input and output, per million tokens."
+            elif isinstance(price, bool) or not isinstance(price, (int, float)) or not 0 <= price < float("inf"):
+                yield f"litellm_prices has {price!r} as the {what} of {model!r}: give a number, per million tokens."
+        for what in ("input",) if kinds.get(model) == "embedding" else ("input", "output"):
+            if what not in prices:
+                yield f"litellm_prices has no {what} for {model!r}, which would be free: give it, or 0 to mean it."
+
+
+def _drained(settings: Mapping[str, Any]) -> Iterator[str]:
+    servers = [server for model in settings["litellm_models"] for server in model["servers"]]
+    for server in settings["litellm_drained"]:
+        if server not in servers:
+            yield f"litellm_drained has {server!r}: use servers of litellm_models, which are {', '.join(servers)}."
+
+
+def _fallbacks(settings: Mapping[str, Any]) -> Iterator[str]:
+    known = [model.get("model") for model in settings["litellm_models"]]
+    for model, others in settings["litellm_fallbacks"].items():
+        if not isinstance(others, list):
+            yield f"litellm_fallbacks has {others!r} for {model!r}: give a list of models."
+            continue
+        for name in (model, *others):
+            if name not in known:
+                yield (
+                    f"litellm_fallbacks has {name!r}, which is none of the models {', '.join(map(str, known))}: "
+                    "correct it."
+                )
+        if model in others:
+            yield f"litellm_fallbacks has {model!r} as its own fallback: its replicas are tried anyway; take it out."
+
+
+def _secrets(settings: Mapping[str, Any]) -> Iterator[str]:
+    if not MASTER_KEY.fullmatch(settings["litellm_master_key"]):
+        yield "litellm_master_key must be sk- and at least 20 of A-Z a-z 0-9 _ -, as LiteLLM takes it: make another."
+    for name in ("litellm_salt_key", "litellm_backend_key"):
+        if not KEY.fullmatch(settings[name]):
+            yield (
+                f"{name} is too short, or has a character that it may not: "
+                "give at least 20 of A-Z a-z 0-9 . _ ~ + / = -."
+            )
+    if settings["litellm_salt_key"] == settings["litellm_master_key"]:
+        yield "litellm_salt_key is litellm_master_key: make another master key, for the salt key can never be changed."
+
+
+def _ports(ports: Sequence[int]) -> Iterator[str]:
+    if len(ports) != 2 or len(set(ports)) != 2 or not all(1024 <= port <= MAX_PORT for port in ports):
+        yield f"litellm_ports is {list(ports)}: give two ports from 1024 to {MAX_PORT}; instances alternate."
+
+
+def _numbers(settings: Mapping[str, Any]) -> Iterator[str]:
+    for name, (least, what) in AT_LEAST.items():
+        if settings[name] < least:
+            yield f"{name} is {settings[name]}: use at least {least} {what}."
+
+
+def _redis(settings: Mapping[str, Any]) -> Iterator[str]:
+    url = settings["litellm_redis_url"]
+    if url and not re.fullmatch(r"(rediss?://|unix:///)[^\s\"'\\]+", url):
+        yield "litellm_redis_url is no URL of a Redis: give redis://, rediss:// (with TLS) or unix:///."
+    elif url.startswith("redis://") and urlsplit(url).hostname not in LOCAL_HOSTS:
+        yield "litellm_redis_url leads to another host without TLS: give rediss://."
+
+
+def _gateways(settings: Mapping[str, Any]) -> Iterator[str]:
+    if settings["gateways"] < 2:
+        return
+    if is_local(settings["litellm_database_url"]):
+        yield (
+            f"There are {settings['gateways']} gateways, and litellm_database_url is this host's own: "
+            "give one that all of them share, so that a key counts the same on each."
+        )
+    if not settings["litellm_redis_url"]:
+        yield (
+            f"There are {settings['gateways']} gateways, and litellm_redis_url is empty: "
+            "give a Redis that all of them share, so that limits count together."
+        )
+
+
+def _alerts(settings: Mapping[str, Any]) -> Iterator[str]:
+    for name in ("litellm_alert_slack_url", "litellm_alert_webhook_url"):
+        if settings[name] and not re.fullmatch(r"https?://[^\s\"'\\]+", settings[name]):
+            yield f"{name} is no URL: give the address of the webhook, beginning with https://."
+
+
+def _environment(environment: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in environment.items():
+        if not ENVIRONMENT_NAME.fullmatch(str(name)):
+            yield f"litellm_environment has {name!r}: that is no name of an environment variable."
+        elif name in OWNED:
+            yield f"litellm_environment has {name!r}, which the role sets: use the role's own variable."
+        elif "\n" in str(value):
+            yield f"litellm_environment has a line break in {name}: give a value of one line."
+
+
+def _engines_dir(folder: str) -> Iterator[str]:
+    if folder and not FOLDER.fullmatch(folder):
+        yield f"litellm_prisma_engines_dir is {folder!r}: give the absolute path of a folder on the host."

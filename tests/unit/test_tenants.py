@@ -1,0 +1,230 @@
+# Copyright: llmfleet developers
+# GNU General Public License v3.0+ (see LICENSE)
+"""The checks of serving_tenants, the keys from the secrets folder, and the report."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+from ansible_collections.llmfleet.serving.plugins.filter import serving
+from ansible_collections.llmfleet.serving.plugins.module_utils import _tenants
+from hypothesis import given
+from hypothesis import strategies as st
+
+KEY = "sk-0123456789-abcdefghij"
+OTHER = "sk-0123456789-ABCDEFGHIJ"
+NOW = datetime(2026, 11, 21, 20, 0, tzinfo=timezone.utc)
+
+
+def team(**fields: Any) -> list[dict[str, Any]]:
+    return [{"team": "research", **fields}]
+
+
+def key(**fields: Any) -> list[dict[str, Any]]:
+    return team(keys=[{"name": "ci", "key": KEY, **fields}])
+
+
+def test_what_is_right_has_no_problems() -> None:
+    tenants = [
+        {
+            "team": "research",
+            "models": ["qwen"],
+            "max_budget": 50,
+            "budget_duration": "30d",
+            "rpm_limit": 600,
+            "tpm_limit": "200000",  # as a template of Ansible's makes it
+            "max_parallel_requests": 20,
+            "metadata": {"cost_centre": "4711"},
+            "state": "present",
+            "keys": [
+                {"name": "ci", "key": KEY, "max_budget": 60, "budget_duration": "3mo", "models": ["qwen"]},
+                {"name": "lab", "state": "blocked"},
+            ],
+        },
+        {"team": "sales.eu"},
+        {"team": "old", "state": "absent"},
+    ]
+    assert serving.tenant_problems(tenants, ["qwen", "tiny"]) == []
+    assert serving.tenant_problems([]) == []
+
+
+@pytest.mark.parametrize(
+    ("tenants", "problem"),
+    [
+        (None, "serving_tenants is None: write a list"),
+        ({"research": {}}, "serving_tenants is a dictionary"),
+        (["research"], "serving_tenants[0] is 'research'"),
+        ([{}], "serving_tenants[0]: team is not set"),
+        (team(max_bugdet=5), "has 'max_bugdet', which is no field of it: do you mean max_budget?"),
+        (team(zzz=5), "has 'zzz', which is no field of it: use team, keys"),
+        (team(keys={"ci": KEY}), "keys is a dictionary"),
+        (team(keys=[KEY]), "keys[0] is no key with its fields"),
+        (team(keys=[{}]), "keys[0]: name is not set"),
+        ([{"team": 5}], "team is 5, which is no text"),
+        ([{"team": ""}], "team has 0 characters"),
+        ([{"team": "x" * 65}], "team has 65 characters"),
+        ([{"team": "a b"}], "which has SPACE"),
+        ([{"team": "a/b"}], "which has a /"),
+        ([{"team": ".a"}], "which has a . at the beginning"),
+        ([{"team": "a..b"}], "no two dots"),
+        ([{"team": "rese\u0430rch"}], "which has CYRILLIC SMALL LETTER A"),
+        ([{"team": "research\n"}], "which has the character U+000A"),
+        (team() + team(), "has the team 'research' twice"),
+        ([*team(), {"team": "Research"}], "differ by case alone"),
+        (team(keys=[{"name": "a", "key": KEY}, {"name": "A", "key": OTHER}]), "has the name of"),
+        (team(keys=[{"name": "a", "key": KEY}, {"name": "b", "key": KEY}]), "has the same key as"),
+        (
+            [{"team": "a_b", "keys": [{"name": "c"}]}, {"team": "a", "keys": [{"name": "b_c"}]}],
+            "in one file, key_a_b_c",
+        ),
+        (team(state="gone"), "state is 'gone': use present, blocked, absent"),
+        (team(max_budget=-1), "max_budget is -1: use more than 0"),
+        (team(max_budget=0), "to let nothing through, use state: blocked"),
+        (team(max_budget=float("nan")), "max_budget is nan, which is no number"),
+        (team(max_budget=float("inf")), "max_budget is inf, which is no number"),
+        (team(max_budget=1e12), "use at most 1000000000"),
+        (team(max_budget=True), "max_budget is True, which is no number"),
+        (team(max_budget="much"), "max_budget is 'much', which is no number"),
+        (team(rpm_limit=1.5), "write a whole number"),
+        (team(rpm_limit=10**400), "which is no number"),
+        (team(max_parallel_requests=[]), "max_parallel_requests is a list"),
+        (team(budget_duration="30d"), "budget_duration is 30d without a max_budget"),
+        (team(max_budget=1, budget_duration="1y"), "budget_duration is '1y': write 30d"),
+        (team(max_budget=1, budget_duration="0d"), "budget_duration is '0d'"),
+        (team(max_budget=1, budget_duration="4000d"), "at most ten years"),
+        (team(max_budget=1, budget_duration=30), "budget_duration is 30"),
+        (team(models=[]), "models is empty"),
+        (team(models="qwen"), "models is 'qwen': write a list"),
+        (team(models=["qwen", "qwen"]), "has a name twice"),
+        (team(models=["qwem"]), "do you mean qwen?"),
+        (team(metadata=[]), "metadata is a list"),
+        (team(metadata={1: 2}), "metadata is a dictionary: write names"),
+        (team(metadata={"x": float("nan")}), "a value that JSON has not"),
+        (team(metadata={"x": "y" * 9000}), "use at most 8192"),
+        (team(metadata={"x": "\0"}), "a NUL character"),
+        (team(metadata={"tags": []}), "metadata has tags, which is a setting of LiteLLM"),
+        (key(key="0123456789-abcdefghij"), "does not begin with sk-"),
+        (key(key="sk-short"), "key has 8 characters"),
+        (key(key=f"{KEY}\r\nX: y"), "a character that is not one of"),
+        (key(key=f"{KEY}\u0430"), "a character that is not one of"),
+        (key(key="sk-aaaaaaaaaaaaaaaaaaaaaaa"), "fewer than 8 different"),
+        (key(key="sk-" + KEY * 20), "make one of 20 to 256"),
+        (key(key=12345678901234567890), "key is no text"),
+        (team(max_budget=5, keys=[{"name": "a", "max_budget": 6}]), "and the team's is 5, which ends first"),
+        (team(models=["qwen"], keys=[{"name": "a", "models": ["tiny"]}]), "which the team may not use"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)
+def test_problems_name_the_place_and_the_remedy(tenants: Any, problem: str) -> None:
+    found = serving.tenant_problems(tenants, ["qwen", "tiny"])
+    assert any(problem in each for each in found), found
+    for secret in (KEY, OTHER, "12345678901234567890", "0123456789-abc"):
+        assert secret not in str(found)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+fields = st.sampled_from(
+    [*("team", "name", "key", "keys", "models", "max_budget", "budget_duration", "rpm_limit", "metadata", "state")]
+)
+
+
+@given(anything | st.lists(st.dictionaries(fields, anything | st.lists(st.dictionaries(fields, anything)))))
+def test_anything_at_all_ends_in_sentences(tenants: Any) -> None:
+    for problem in serving.tenant_problems(tenants, ["qwen"]):
+        assert problem.startswith("serving_tenants")
+        assert problem.isascii()
+        assert problem.isprintable()
+        assert len(problem) < 600
+
+
+def test_keys_come_from_the_secrets_folder() -> None:
+    tenants = [
+        {
+            "team": "sales.eu",
+            "keys": [{"name": "bot"}, {"name": "own", "key": KEY}, {"name": "gone", "state": "absent"}],
+        },
+        {"team": "old", "state": "absent", "keys": [{"name": "x"}]},
+        {"team": "none"},
+    ]
+    assert _tenants.secret_names(tenants) == ["key_sales-eu_bot"]
+    whole = _tenants.with_keys(tenants, {"key_sales-eu_bot": OTHER})
+    assert [each.get("key") for each in whole[0]["keys"]] == [OTHER, KEY, None]
+    assert [each["keys"] for each in whole[1:]] == [[{"name": "x"}], []]
+    assert _tenants.names(tenants)[:3] == ["sales.eu", "sales.eu/bot", "sales.eu/own"]
+
+
+# --- the report ---------------------------------------------------------------------------------------------
+
+LIMITS = {"max_budget": None, "budget_duration": None, "rpm_limit": None, "tpm_limit": None}
+
+
+def report() -> dict[str, Any]:
+    teams = [
+        {"name": "research", "blocked": False, "spend": 12.345, "declared": True, **LIMITS},
+        {"name": "a-team-with-quite-a-long-name-indeed", "blocked": True, "spend": 0, "declared": False, **LIMITS},
+    ]
+    teams[0] |= {"max_budget": 50.0, "budget_duration": "30d", "rpm_limit": 600, "tpm_limit": 200_000}
+    base = {"blocked": False, "expires": None, "spend": 0, "tokens": 0, "last_used": None, "declared": True, **LIMITS}
+    soon, past = NOW + timedelta(hours=23, minutes=30), NOW - timedelta(seconds=1)
+    keys = [
+        {**base, "name": "research/ci", "spend": 5, "max_budget": 5.0, "tokens": 1_234_567, "team": "research"},
+        {**base, "name": "research/ci@0123abcd", "expires": soon.isoformat(), "team": "research"},
+        {**base, "name": "research/old", "expires": past.isoformat(), "team": "research"},
+        {**base, "name": "sk-...aB\x1b[31m", "declared": False, "team": None, "max_parallel_requests": 4},
+    ]
+    keys[0]["last_used"] = (NOW - timedelta(minutes=3)).isoformat().replace("+00:00", "Z")
+    return {"teams": teams, "keys": keys, "now": NOW.isoformat(), "usage_days": 30}
+
+
+def test_table() -> None:
+    assert serving.tenants_table(report()) == [
+        "team, key                state    spend                 tokens rpm/tpm/par used",
+        "-" * 80,
+        "research                 active   12.35/50 30d   [#...] 1.2M   600/200k/-  3m",
+        "  ci                     used up  5/5            [####] 1.2M               3m",
+        "  ci@0123abcd            ends 23h 0                     0                  never",
+        "  old                    expired  0                     0                  never",
+        "a-team-with-quite-a-long-name-indeed",
+        "                         blocked  0                                        never",
+        "(no team)",
+        "  sk-...aB?[31m          stranger 0                     0      -/-/4       never",
+        "(tokens: of the last 30 days)",
+    ]
+
+
+def test_table_says_where_there_is_nothing() -> None:
+    assert serving.tenants_table({"teams": [], "keys": []})[-1] == "LiteLLM has no teams and no keys."
+
+
+@given(st.integers(72, 200), st.text(max_size=90), st.floats(0, 1e15), st.integers(0, 10**15))
+def test_no_line_of_the_table_is_longer(width: int, name: str, spend: float, tokens: int) -> None:
+    whole = report()
+    whole["teams"][0] |= {"name": name, "spend": spend, "max_budget": 1e9, "tpm_limit": 10**11}
+    whole["keys"][0] |= {"team": name, "tokens": tokens, "last_used": "1970-01-01T00:00:00Z"}
+    lines = serving.tenants_table(json.loads(json.dumps(whole)), width)
+    assert all(len(line) <= width and line.isascii() and (line.isprintable() or not line) for line in lines)
+
+
+def test_probe_takes_the_key_that_may_use_the_most() -> None:
+    """Of those that are neither blocked nor absent, and within what their team may use."""
+    tenants = [
+        {"team": "a", "state": "blocked", "keys": [{"name": "all", "key": "sk-blocked-team"}]},
+        {
+            "team": "b",
+            "models": ["qwen", "llama"],
+            "keys": [
+                {"name": "one", "key": "sk-one", "models": ["qwen"]},
+                {"name": "gone", "key": "sk-gone", "state": "absent"},
+                {"name": "both", "key": "sk-both"},
+            ],
+        },
+    ]
+    assert _tenants.probe(tenants, ["qwen", "llama", "other"]) == {"key": "sk-both", "models": ["qwen", "llama"]}
+    assert _tenants.probe(tenants[:1], ["qwen"]) == {"key": "", "models": []}

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,20 @@ def memory_bytes(proc: Path = PROC) -> int:
     """The host's memory, used or not; 0 where the kernel does not tell."""
     match = re.search(r"^MemTotal:\s+(\d+) kB$", content(proc / "meminfo") or "", re.MULTILINE)
     return int(match[1]) * 1024 if match else 0
+
+
+def free_bytes(folder: Path) -> int:
+    """What is free where the folder lies or would lie."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def changed(path: str) -> float:
+    """When the file was put in its place, or 0, in seconds since the epoch: a rename changes ctime, not mtime."""
+    try:
+        return os.lstat(path).st_ctime
+    except OSError:
+        return 0.0
 
 
 def processes(proc: Path = PROC) -> Iterator[Path]:

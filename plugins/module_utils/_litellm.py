@@ -31,6 +31,17 @@ TEAM_DEFAULTS: dict[str, Any] = {
     "metadata": {},
 }
 KEY_DEFAULTS: dict[str, Any] = {**TEAM_DEFAULTS, "max_parallel_requests": None}
+# Of the modules' arguments those that a team and a key have in common.
+TEAM_SPEC: dict[str, Any] = {
+    "state": {"type": "str", "choices": ["present", "blocked", "absent"], "default": "present"},
+    "models": {"type": "list", "elements": "str"},
+    "max_budget": {"type": "float"},
+    "budget_duration": {"type": "str"},
+    "rpm_limit": {"type": "int"},
+    "tpm_limit": {"type": "int"},
+    "metadata": {"type": "dict"},
+}
+KEY_SPEC: dict[str, Any] = {**TEAM_SPEC, "max_parallel_requests": {"type": "int"}}
 SYSTEM_METADATA = ("team_member_budget_id",)  # LiteLLM's own, which an update leaves alone
 TOKEN = re.compile(r"[0-9a-f]{64}")
 PREDECESSOR = re.compile(r"(?P<alias>.+)@[0-9a-f]{8}", re.DOTALL)
@@ -679,6 +690,14 @@ class Result:
     def changed(self) -> bool:
         return any(not outcome.error for outcome in self.outcomes) if self.outcomes else bool(self.changes)
 
+    def told(self) -> dict[str, Any]:
+        """What each module returns of it, whether it went well or not."""
+        return {
+            "changed": self.changed,
+            "changes": [str(change) for change in self.changes],
+            "diff": difference(self.changes),
+        }
+
     @property
     def error(self) -> str:
         """What went wrong, and what was done all the same. The next run goes on from there."""
@@ -738,9 +757,13 @@ def converge(
 # --- the report ---------------------------------------------------------------------------------------------
 
 
-def rows(found: Found, teams: Sequence[Team] | None, usage: Mapping[str, int] | None) -> dict[str, Any]:
-    """Teams and keys as plain data, with those that nobody has declared marked."""
-    strange_teams, strange_keys = undeclared(teams, found) if teams is not None else ([], [])
+def rows(
+    found: Found,
+    strange_teams: Iterable[FoundTeam] = (),
+    strange_keys: Iterable[FoundKey] = (),
+    usage: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """Teams and keys as plain data, with the strange ones, which nobody has declared, marked."""
     names, tokens = {team.name for team in strange_teams}, {key.token for key in strange_keys}
     return {
         "teams": [
@@ -778,7 +801,7 @@ def report(
     """What the modules return of LiteLLM as it is."""
     strange_teams, strange_keys = undeclared(teams, found) if teams is not None else ([], [])
     return {
-        **rows(found, teams, usage),
+        **rows(found, strange_teams, strange_keys, usage),
         "accepted": accepted(found, now),
         "undeclared": [f"team {team.name}" for team in strange_teams] + [f"key {key.label}" for key in strange_keys],
         "now": now.isoformat(timespec="seconds"),

@@ -50,8 +50,13 @@ def unit_name(port: int) -> str:
     return f"litellm@{port}.service"
 
 
+def show(ports: Iterable[int]) -> list[str]:
+    """The command whose output parse_show takes."""
+    return ["systemctl", "show", "--timestamp=us+utc", "--property", ",".join(SHOWN), *map(unit_name, ports)]
+
+
 def parse_show(text: str) -> dict[int, Unit]:
-    """Units by port from the output of ``systemctl show --timestamp=us+utc -p SHOWN litellm@4000 ...``."""
+    """Units by port from the output of that command."""
     units = {}
     for block in text.strip().split("\n\n"):
         values = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)

@@ -150,6 +150,11 @@ def overlap_problems(name: str, value: Any) -> Iterator[str]:
         yield f"{name} is {_show(value)}: use 0 to {OVERLAP_MAX} seconds."
 
 
+def usage_days_problems(days: int) -> Iterator[str]:
+    if not 0 <= days <= 399:
+        yield f"usage_days is {days}: use 0 to 399."
+
+
 def partial(asked: Mapping[str, Any], fields: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """The fields that are given, as LiteLLM has them, where others stay as they are; and what is wrong with them.
 

@@ -147,7 +147,6 @@ redis:
 
 import hashlib
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +156,7 @@ from ansible_collections.llmfleet.serving.plugins.module_utils._host import (
     PROC,
     Program,
     content,
+    free_bytes,
     has_package_lists,
     memory_bytes,
     missing_packages,
@@ -165,12 +165,11 @@ from ansible_collections.llmfleet.serving.plugins.module_utils._host import (
     taken_ports,
 )
 from ansible_collections.llmfleet.serving.plugins.module_utils._litellm_host import (
-    SHOWN,
     Unit,
     drained,
     parse_show,
     serving,
-    unit_name,
+    show,
     values,
 )
 
@@ -193,11 +192,6 @@ def link(path: Path) -> str:
         return os.readlink(path)
     except OSError:
         return ""
-
-
-def free_bytes(folder: Path) -> int:
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    return shutil.disk_usage(there).free
 
 
 def instance(unit: Unit, folder: Path) -> dict[str, Any]:
@@ -233,8 +227,7 @@ def main() -> None:
     config_dir, root = Path(asked["config_dir"]), Path(asked["root"])
     former = sorted(int(path.name) for path in config_dir.glob("*") if path.name.isdigit())
     ports = list(dict.fromkeys([*asked["ports"], *former]))
-    command = ("systemctl", "show", "--timestamp=us+utc", "--property", ",".join(SHOWN), *map(unit_name, ports))
-    units = parse_show(output(module, *command))
+    units = parse_show(output(module, *show(ports)))
     ours = serving(units.values())
     module.exit_json(
         changed=False,

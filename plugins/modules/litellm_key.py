@@ -87,14 +87,7 @@ def main() -> None:
             "name": {"type": "str", "required": True},
             "key": {"type": "str", "no_log": True},
             "overlap": {"type": "int", "default": 86400},
-            "state": {"type": "str", "choices": ["present", "blocked", "absent"], "default": "present"},
-            "models": {"type": "list", "elements": "str"},
-            "max_budget": {"type": "float"},
-            "budget_duration": {"type": "str"},
-            "rpm_limit": {"type": "int"},
-            "tpm_limit": {"type": "int"},
-            "max_parallel_requests": {"type": "int"},
-            "metadata": {"type": "dict"},
+            **_litellm.KEY_SPEC,
         },
         supports_check_mode=True,
     )
@@ -131,9 +124,7 @@ def main() -> None:
     tokens = [row.token for row in result.found.keys.values() if row.alias == key.alias]
     created = any(not outcome.error and outcome.change.path == "/key/generate" for outcome in result.outcomes)
     answer = {
-        "changed": result.changed,
-        "changes": [str(change) for change in result.changes],
-        "diff": _litellm.difference(result.changes),
+        **result.told(),
         **({"sha256": tokens[0]} if tokens else {}),
         **({"key": made} if made and created else {}),
     }

@@ -92,12 +92,12 @@ from typing import NoReturn
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.llmfleet.serving.plugins.module_utils._instances import answered, probe
 from ansible_collections.llmfleet.serving.plugins.module_utils._litellm_host import (
-    SHOWN,
     Unit,
     last_words,
     parse_show,
     readiness,
     refusal,
+    show,
     unit_name,
 )
 
@@ -131,8 +131,7 @@ class Instance:
         self.module.run_command(["systemctl", *arguments], check_rc=True)
 
     def units(self, *ports: int) -> dict[int, Unit]:
-        command = ["systemctl", "show", "--timestamp=us+utc", "--property", ",".join(SHOWN), *map(unit_name, ports)]
-        return parse_show(self.module.run_command(command, check_rc=True)[1])
+        return parse_show(self.module.run_command(show(ports), check_rc=True)[1])
 
     def unit(self) -> Unit:
         return self.units(self.port)[self.port]

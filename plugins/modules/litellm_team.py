@@ -63,13 +63,7 @@ def main() -> None:
             "master_key": {"type": "str", "required": True, "no_log": True},
             "timeout": {"type": "int", "default": 30},
             "name": {"type": "str", "required": True},
-            "state": {"type": "str", "choices": ["present", "blocked", "absent"], "default": "present"},
-            "models": {"type": "list", "elements": "str"},
-            "max_budget": {"type": "float"},
-            "budget_duration": {"type": "str"},
-            "rpm_limit": {"type": "int"},
-            "tpm_limit": {"type": "int"},
-            "metadata": {"type": "dict"},
+            **_litellm.TEAM_SPEC,
         },
         supports_check_mode=True,
     )
@@ -89,11 +83,9 @@ def main() -> None:
         )
     except _litellm.LiteLLMError as error:
         module.fail_json(msg=str(error))
-    rows = _litellm.rows(result.found, None, None)["teams"]
+    rows = _litellm.rows(result.found)["teams"]
     answer = {
-        "changed": result.changed,
-        "changes": [str(change) for change in result.changes],
-        "diff": _litellm.difference(result.changes),
+        **result.told(),
         **({"team": rows[0]} if rows else {}),
     }
     if result.error:

@@ -173,20 +173,10 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.llmfleet.serving.plugins.module_utils import _litellm, _tenants
 
-LIMITS: dict[str, Any] = {
-    "state": {"type": "str", "choices": ["present", "blocked", "absent"], "default": "present"},
-    "models": {"type": "list", "elements": "str"},
-    "max_budget": {"type": "float"},
-    "budget_duration": {"type": "str"},
-    "rpm_limit": {"type": "int"},
-    "tpm_limit": {"type": "int"},
-    "max_parallel_requests": {"type": "int"},
-    "metadata": {"type": "dict"},
-}
-KEY = {"name": {"type": "str", "required": True}, "key": {"type": "str", "no_log": True}, **LIMITS}
+KEY = {"name": {"type": "str", "required": True}, "key": {"type": "str", "no_log": True}, **_litellm.KEY_SPEC}
 TEAM = {
     "team": {"type": "str", "required": True},
-    **LIMITS,
+    **_litellm.KEY_SPEC,
     "keys": {"type": "list", "elements": "dict", "default": [], "options": KEY, "no_log": False},
 }
 
@@ -196,8 +186,7 @@ def problems_of(asked: dict[str, Any]) -> list[str]:
     problems += _tenants.overlap_problems("overlap", asked["overlap"])
     if asked["prune"] and not asked["tenants"]:
         problems.append("prune is true and tenants is empty, which would delete every team: declare one at least.")
-    if not 0 <= asked["usage_days"] <= 399:
-        problems.append(f"usage_days is {asked['usage_days']}: use 0 to 399.")
+    problems += _tenants.usage_days_problems(asked["usage_days"])
     return problems
 
 
@@ -255,9 +244,7 @@ def main() -> None:
         module.fail_json(msg=str(error))
     found = _litellm.foreseen(result.found, result.changes, now) if module.check_mode else result.found
     answer = {
-        "changed": result.changed,
-        "changes": [str(change) for change in result.changes],
-        "diff": _litellm.difference(result.changes),
+        **result.told(),
         **_litellm.report(found, teams, usage, now, asked["usage_days"]),
     }
     if result.error:

@@ -66,7 +66,7 @@ usage_days:
 from datetime import datetime, timezone
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.llmfleet.serving.plugins.module_utils import _litellm
+from ansible_collections.llmfleet.serving.plugins.module_utils import _litellm, _tenants
 
 
 def main() -> None:
@@ -81,8 +81,8 @@ def main() -> None:
         supports_check_mode=True,
     )
     asked, now, usage = module.params, datetime.now(timezone.utc), None
-    if not 0 <= asked["usage_days"] <= 399:
-        module.fail_json(msg=f"usage_days is {asked['usage_days']}: use 0 to 399.")
+    if problems := list(_tenants.usage_days_problems(asked["usage_days"])):
+        module.fail_json(msg=" ".join(problems))
     try:
         client = _litellm.Client(asked["url"], asked["master_key"], asked["timeout"])
         found = _litellm.read(client)

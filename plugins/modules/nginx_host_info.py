@@ -165,6 +165,7 @@ from ansible_collections.llmfleet.serving.plugins.module_utils._host import (
     APT_LISTS,
     PROC,
     Program,
+    changed,
     content,
     has_package_lists,
     missing_packages,
@@ -186,14 +187,6 @@ SYSTEMCTL = ("systemctl", "show", "nginx.service", "--property", "NeedDaemonRelo
 
 def is_nginx(program: Program) -> bool:
     return program.name == "nginx"
-
-
-def changed(path: str) -> float:
-    """When the file was put in its place: a rename changes ctime, not mtime."""
-    try:
-        return os.lstat(path).st_ctime
-    except OSError:
-        return 0.0
 
 
 def started(process: Path) -> float:

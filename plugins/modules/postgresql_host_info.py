@@ -137,14 +137,14 @@ enabled:
 """
 
 import json
-import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.llmfleet.serving.plugins.module_utils._host import (
+    changed,
+    free_bytes,
     has_package_lists,
     memory_bytes,
     missing_packages,
@@ -200,20 +200,6 @@ def server(module: AnsibleModule, asked: dict[str, Any]) -> tuple[dict[str, Any]
     if code:
         return {}, " ".join(error.split())
     return json.loads(said), ""
-
-
-def changed(path: str) -> float:
-    """When the file was put in its place: a rename changes ctime, not mtime."""
-    try:
-        return os.lstat(path).st_ctime
-    except OSError:
-        return 0.0
-
-
-def free_bytes(path: Path) -> int:
-    while not path.is_dir():
-        path = path.parent
-    return shutil.disk_usage(path).free
 
 
 def main() -> None:

@@ -2,18 +2,20 @@
 """Runs the project's tests: all stages, or those named on the command line.
 
 Each stage writes to build/logs/STAGE.log; of a failed one the end is shown. Stages run side by side as far as two cores
-and 24 GiB carry that. The last line counts what has passed and failed.
+and 24 GiB carry that. Tests marked long are left out, but for --long. The last line counts what has passed and failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,7 @@ class Stage:
     """A list of commands. Each is a test by itself, unless ``counts`` is the name of a JUnit file with its tests."""
 
     name: str
+    gib: int  # of memory, at most
     commands: tuple[tuple[str, ...], ...]
     counts: str = ""
 
@@ -49,38 +52,36 @@ class Outcome:
     failures: tuple[str, ...] = ()
 
 
-def molecule(scenario: str) -> Stage:
+def molecule(scenario: str, gib: int) -> Stage:
     name = f"molecule-{scenario}"
-    return Stage(name, (("molecule", "test", "--scenario-name", scenario),), counts=name)
+    return Stage(name, gib, (("molecule", "test", "--scenario-name", scenario),), counts=name)
 
 
-# One group after the other, and within a group so many stages at a time, in this order.
-GROUPS: tuple[tuple[int, tuple[Stage, ...]], ...] = (
-    (
-        3,
+AT_ONCE = 3
+GIB = 20
+# The longest first. Each starts as soon as there is room for it.
+STAGES = (
+    molecule("tenants", 9),
+    molecule("tls", 4),
+    Stage(
+        "lint",
+        2,
         (
-            # It waits more than it computes, until it measures at its end: then the others have to be over.
-            molecule("tls"),
-            Stage(
-                "lint",
-                (
-                    ("ruff", "check", "."),
-                    ("ruff", "format", "--check", "."),
-                    ("yamllint", "--strict", "."),
-                    ("ansible-lint", "-q"),
-                ),
-            ),
-            Stage("unit", (("pytest", "--quiet", "tests/unit"),), counts="unit"),
-            molecule("plan"),
-            Stage("demo", (("pytest", "--quiet", "-s", "tests/demo"),), counts="demo"),
+            ("ruff", "check", "."),
+            ("ruff", "format", "--check", "."),
+            ("yamllint", "--strict", "."),
+            ("ansible-lint", "-q"),
         ),
     ),
-    # What vLLM and LiteLLM need of memory leaves no room for a third.
-    (2, (molecule("tenants"), molecule("default"), molecule("fleet"))),
+    Stage("unit", 1, (("pytest", "--quiet", "tests/unit"),), counts="unit"),
+    molecule("default", 6),
+    molecule("fleet", 8),
+    molecule("plan", 2),
+    Stage("demo", 3, (("pytest", "--quiet", "-s", "tests/demo"),), counts="demo"),
 )
 
 
-def run(stage: Stage) -> Outcome:
+def run(stage: Stage, long: bool) -> Outcome:
     start = time.monotonic()
     stage.log.parent.mkdir(parents=True, exist_ok=True)
     stage.junit.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +90,9 @@ def run(stage: Stage) -> Outcome:
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "NO_COLOR": "1",
-        "PYTEST_ADDOPTS": f"-rP --junit-xml={stage.junit}" if stage.counts else "",
+        "PYTEST_ADDOPTS": shlex.join(["-rP", f"--junit-xml={stage.junit}", *([] if long else ["-m", "not long"])])
+        if stage.counts
+        else "",
     }
     passed = failed = skipped = 0
     failures: list[str] = []
@@ -141,20 +144,36 @@ def report(outcome: Outcome) -> None:
         )
 
 
+def run_all(stages: list[Stage], long: bool) -> Iterator[Outcome]:
+    waiting, running = list(stages), dict[Future[Outcome], Stage]()
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        while waiting or running:
+            for stage in list(waiting):
+                room = GIB - sum(other.gib for other in running.values())
+                if len(running) < AT_ONCE and stage.gib <= room:
+                    waiting.remove(stage)
+                    running[pool.submit(run, stage, long)] = stage
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                del running[done]
+                yield done.result()
+
+
 def main() -> int:
-    names = [stage.name for _, stages in GROUPS for stage in stages]
+    names = [stage.name for stage in STAGES]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stages", nargs="*", help=", ".join(names))
-    wanted = parser.parse_args().stages or names
+    parser.add_argument("--long", action="store_true", help="also the tests that are marked long")
+    asked = parser.parse_args()
+    wanted = asked.stages or names
     if unknown := set(wanted) - set(names):
         parser.error(f"no such stage: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    if not asked.long:
+        print("Tests that are marked long are left out, for they take 20 minutes: --long runs them.")
     start = time.monotonic()
     outcomes: list[Outcome] = []
-    for at_once, stages in GROUPS:
-        with ThreadPoolExecutor(at_once) as pool:
-            for running in as_completed([pool.submit(run, stage) for stage in stages if stage.name in wanted]):
-                outcomes.append(running.result())
-                report(outcomes[-1])
+    for outcome in run_all([stage for stage in STAGES if stage.name in wanted], asked.long):
+        outcomes.append(outcome)
+        report(outcome)
     failed = sum(outcome.failed for outcome in outcomes)
     print(f"All stages took {time.monotonic() - start:.1f} s")
     for outcome in outcomes:

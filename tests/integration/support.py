@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,10 +82,16 @@ def apply(playbook: str = "site", *arguments: str, variables: dict[str, Any] | N
     return run
 
 
-def cut_short(when: Callable[[], bool], seconds: float) -> None:
-    """Run site.yml and kill it, with all its processes on the controller, as soon as ``when`` is true."""
+def cut_short(
+    when: Callable[[], bool], seconds: float, playbook: str = "site", variables: dict[str, Any] | None = None
+) -> None:
+    """Run a playbook and kill it, with all its processes on the controller, as soon as ``when`` is true."""
     process = subprocess.Popen(
-        command("site"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=PROJECT, start_new_session=True
+        command(playbook, variables=variables),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=PROJECT,
+        start_new_session=True,
     )
     try:
         wait_until(lambda: when() or process.poll() is not None, seconds)
@@ -124,10 +131,11 @@ def client(
         yield OpenAI(base_url=f"https://{NAME}/v1", api_key=key or secret("api_key"), max_retries=0, timeout=120)
 
 
-def stream(api: OpenAI, model: str, tokens: int) -> list[tuple[float, str]]:
+def stream(api: OpenAI, model: str, tokens: int, begun: threading.Event | None = None) -> list[tuple[float, str]]:
     """When each piece of a streamed answer came, in seconds since the request, and what it was.
 
-    The answer must be whole. It has fewer pieces than tokens, for the random model says tokens without text as well.
+    The answer must be whole; ``begun`` is set when its first piece has come. It has fewer pieces than tokens, for the
+    random model says tokens without text as well.
     """
     start = time.monotonic()
     chunks = api.chat.completions.create(
@@ -138,7 +146,12 @@ def stream(api: OpenAI, model: str, tokens: int) -> list[tuple[float, str]]:
         stream=True,
         extra_body={"ignore_eos": True},
     )
-    choices = [(time.monotonic() - start, chunk.choices[0]) for chunk in chunks if chunk.choices]
+    choices = []
+    for chunk in chunks:
+        if chunk.choices:
+            choices.append((time.monotonic() - start, chunk.choices[0]))
+            if begun:
+                begun.set()
     assert choices[-1][1].finish_reason == "length", "the answer has been cut"
     return [(when, choice.delta.content) for when, choice in choices if choice.delta.content]
 

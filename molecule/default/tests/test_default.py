@@ -118,14 +118,16 @@ def test_sigkill_is_survived(host: Host) -> None:
 
 def test_stop_lets_a_running_stream_end(host: Host) -> None:
     pieces: list[tuple[float, str]] = []
+    begun = threading.Event()
 
     def consume() -> None:
         with support.client(ADDRESS) as api:
-            pieces.extend(support.stream(api, "tiny", 1500))
+            pieces.extend(support.stream(api, "tiny", 1900, begun))
 
     reader = threading.Thread(target=consume)
     reader.start()
-    support.wait_until(lambda: support.metric(host, METRICS, "vllm:num_requests_running") > 0, 30)
+    assert begun.wait(60)
+    assert not pieces, "the stream has ended before the stop"
     host.check_output(f"systemctl stop {UNIT}")
     reader.join(60)
     host.check_output(f"systemctl start {UNIT}")

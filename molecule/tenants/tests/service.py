@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import openai
@@ -14,6 +17,19 @@ DECLARED: dict[str, Any] = yaml.safe_load((support.INVENTORY / "hosts.yml").read
 GATEWAY, ENGINE = (DECLARED["hosts"][name]["ansible_host"] for name in ("gw", "eng"))
 METRICS = {"tiny": f"http://{ENGINE}:8000/metrics", "second": f"http://{ENGINE}:8001/metrics"}
 BATCH_SECONDS = 10  # litellm_batch_write_seconds
+LISTENER = """
+import http.server
+
+class Listener(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        print(self.command, self.path, self.rfile.read(int(self.headers["Content-Length"] or 0)).decode(), flush=True)
+        self.send_response(204)
+        self.end_headers()
+
+    do_POST = do_GET
+
+http.server.HTTPServer(("127.0.0.1", %d), Listener).serve_forever()
+"""
 
 
 def key(team: str = "research", name: str = "ci") -> str:
@@ -44,3 +60,15 @@ def spend(gateway: Host, alias: str) -> float:
 def serving(gateway: Host) -> str:
     """The port of the instance that serves."""
     return next(port for port in ("4000", "4001") if gateway.run(f"systemctl is-enabled litellm@{port}").rc == 0)
+
+
+@contextmanager
+def listening(gateway: Host, port: int) -> Iterator[Callable[[], str]]:
+    """Something at this port of the gateway's loopback, and what tells all that it has been asked."""
+    unit = f"llmfleet-listener-{secrets.token_hex(4)}"
+    gateway.check_output(f"systemd-run --quiet --collect --unit={unit} python3 -uc %s", LISTENER % port)
+    try:
+        support.wait_until(lambda: gateway.run(f"ss -Hltn 'sport = :{port}'").stdout != "", 10)
+        yield lambda: gateway.check_output(f"journalctl --quiet --output=cat _SYSTEMD_UNIT={unit}.service")
+    finally:
+        gateway.run(f"systemctl stop {unit}")

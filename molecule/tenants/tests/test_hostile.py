@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import support
-from service import GATEWAY, METRICS, key
+from service import BATCH_SECONDS, ENGINE, GATEWAY, METRICS, key, listening
 from testinfra.host import Host
 
 TRAP = "127.0.0.1:4999"  # where nobody may ever be led
@@ -178,25 +178,99 @@ def test_two_requests_in_one_are_two(gateway: Host) -> None:
 @pytest.fixture
 def trap(gateway: Host) -> Iterator[None]:
     """Something on the gateway that nobody may be led to."""
-    host, port = TRAP.split(":")
-    unit = "llmfleet-trap"
-    journal = f"journalctl --quiet --output=cat --unit={unit} --since=@{int(time.time())}"
-    server = f"python3 -u -m http.server {port} --bind {host} --directory /var/empty"
-    gateway.check_output(f"systemd-run --quiet --collect --unit={unit} {server}")
-    try:
-        support.wait_until(lambda: gateway.run(f"ss -Hltn 'sport = :{port}'").stdout != "", 10)
+    with listening(gateway, int(TRAP.rpartition(":")[2])) as asked:
         yield
-        said = gateway.check_output(journal)
-        assert "GET" not in said, said
-        assert "POST" not in said, said
+        assert asked() == ""
         support.fetch(gateway, f"http://{TRAP}/seen")
-        support.wait_until(lambda: "GET /seen" in gateway.check_output(journal), 10)
-    finally:
-        gateway.run(f"systemctl stop {unit}")
+        support.wait_until(lambda: "GET /seen" in asked(), 10)
 
 
 URL = f"http://{TRAP}/v1"
 ELSEWHERE = {"api_base": URL, "base_url": URL, "api_key": "sk-x", "model": "openai/x"}
+# What LiteLLM knows for those who call it from Python, for administrators, or for other providers; values for each.
+VALUES: dict[str, list[Any]] = {
+    **{name: [URL] for name in ("api_base", "base_url", "deployment_url", "s3_endpoint_url", "langfuse_host", "proxy")},
+    **{name: [ELSEWHERE, {"stream": True, "custom_llm_provider": 7}] for name in ("litellm_params", "extra_body")},
+    **{name: [[ELSEWHERE]] for name in ("context_window_fallbacks", "content_policy_fallbacks")},
+    "fallbacks": [[ELSEWHERE], ["second"], [{"tiny": ["second"]}], [f"openai/{URL}"], {}, "second", [[[]]]],
+    "router_settings_override": [{"fallbacks": [ELSEWHERE], "num_retries": 99}],
+    "model_list": [[{"model_name": "tiny", "litellm_params": ELSEWHERE}]],
+    "user_config": [{"model_list": [{"model_name": "tiny", "litellm_params": ELSEWHERE}]}],
+    "custom_llm_provider": ["openai", "bedrock", "ollama", "", None, 7],
+    "api_key": ["sk-anything", "", None, 5],
+    "mock_response": ["free", {"content": "free"}],
+    "mock_tool_calls": [[{}]],
+    **{name: [True] for name in ("mock_timeout", "mock_testing_fallbacks", "mock_testing_rate_limit_error")},
+    **{name: [True] for name in ("no-log", "caching", "disable_fallbacks", "specific_deployment", "rust")},
+    **{name: [0, -1] for name in ("input_cost_per_token", "output_cost_per_token", "ttl", "stream_timeout")},
+    "base_model": ["free"],
+    "model_info": [{"input_cost_per_token": 0, "output_cost_per_token": -9}],
+    "metadata": [
+        ELSEWHERE,
+        "{",
+        [1],
+        {"\x00": "\x00"},
+        {"tags": ["x", 5]},
+        {"model_info": {"input_cost_per_token": 0}},
+        {"user_api_key_alias": "apps/chat", "user_api_key_team_id": "apps", "user_api_key_spend": -5},
+        {"user_api_key": "x", "user_api_key_hash": "x", "spend_logs_metadata": {"x": "y" * 9999}},
+    ],
+    "litellm_metadata": [ELSEWHERE, json.dumps(ELSEWHERE), {"user_api_key_team_id": "apps"}],
+    **{name: [["langfuse"]] for name in ("callbacks", "success_callback", "litellm_disabled_callbacks")},
+    **{name: ["x"] for name in ("logger_fn", "litellm_logging_obj", "cache_key", "organization", "prompt_id", "id")},
+    **{name: ["../x\x00", 5] for name in ("litellm_call_id", "litellm_trace_id", "litellm_session_id")},
+    **{name: [False] for name in ("turn_off_message_logging", "ssl_verify")},
+    "cache": [{"no-store": True}, "x"],
+    "extra_headers": [{"Host": TRAP, "Authorization": "Bearer x"}],
+    "headers": [{"Host": TRAP, "Authorization": "Bearer x"}, "x"],
+    "timeout": [1e-9, -1, "x"],
+    "num_retries": [10**6, -1],
+    "max_retries": [10**6, -1],
+    "cooldown_time": [1e9],
+    "weights": [{}],
+    "guardrails": [["x"]],
+    "vector_store_ids": [["x"]],
+    "tags": [["x"], "x" * 10**5, [{"a": 1}], [None]],
+    "user": ["'; DROP TABLE x; --", "a\x00b", "\ud800", "x" * 10**5, {"a": 1}, -1, "\u202e\U0001f4a9"],
+    "tools": [
+        [{"type": "mcp", "server_url": URL, "server_label": "x", "require_approval": "never"}],
+        [{"type": "function", "function": {"name": "\x00", "parameters": {"$ref": URL}}}],
+    ],
+    "functions": [[{}]],
+    "web_search_options": [{}],
+    "response_format": [{"type": "json_schema", "json_schema": {"$ref": URL}}],
+    "messages": [
+        *([], None, "x", [7], [{"role": "x" * 9999}], [{"role": "user", "content": "\x00\ud800"}]),
+        *([{"role": "user", "content": {"a": []}}], [{"role": "user"}]),
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": f"{URL}/x.png"}}]}],
+        [{"role": "user", "content": [{"type": "file", "file": {"file_id": f"{URL}/x.pdf"}}]}],
+        [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": URL, "format": "wav"}}]}],
+    ],
+    "max_tokens": [-1, 0, 10**9, 10**30, 1e308, "many", [4], True, float("nan")],
+    "stream": ["yes", 1, [], None],
+    "temperature": [-1, 1e308, float("inf"), "hot"],
+    "logit_bias": [{"x": 9}],
+    "stop": [["x" * 9999] * 99],
+    "top_logprobs": [10**9],
+    "seed": [2**70],
+    "additional_drop_params": [["max_tokens"], ["stream"], ["stream_options"]],
+    "service_tier": ["\x00"],
+    "model": [
+        *("tiny\x00", " tiny", "TINY", "hosted_vllm/tiny", f"tiny@{ENGINE}:8000", "*", "all-team-models"),
+        *("no-default-models", "x" * 10**5, f"openai/{URL}", "../second", "'; --", ["second"], {}),
+    ],
+}
+TOGETHER: list[dict[str, Any]] = [
+    ELSEWHERE | {"model": "tiny"},
+    {"mock_timeout": True, "timeout": 0.01},
+    {"stream": True, "additional_drop_params": ["stream_options"]},
+    *({"stream": True, "stream_options": each} for each in ({"include_usage": False}, None, [], "x", {"x": URL})),
+]
+
+
+def spent(gateway: Host) -> float:
+    sql = "SELECT sum(spend) FROM \"LiteLLM_VerificationToken\" WHERE key_alias IN ('research/ci', 'apps/chat')"
+    return float(ask_database(gateway, sql))
 
 
 def counted(gateway: Host) -> dict[str, float]:
@@ -206,6 +280,36 @@ def counted(gateway: Host) -> dict[str, float]:
         for kind in ("prompt", "generation")
     )
     return {"tiny": read[0] * 1e-6 + wrote[0] * 2e-6, "second": read[1] * 1e-5 + wrote[1] * 2e-5}
+
+
+def tokens(gateway: Host) -> tuple[float, int]:
+    """What vLLM has counted, and what LiteLLM has written down of requests that were answered."""
+    kinds = ("prompt", "generation")
+    sql = """SELECT coalesce(sum(total_tokens), 0) FROM "LiteLLM_SpendLogs" WHERE status = 'success'"""
+    return (
+        sum(support.metric(gateway, url, f"vllm:{kind}_tokens_total") for url in METRICS.values() for kind in kinds),
+        int(ask_database(gateway, sql)),
+    )
+
+
+@pytest.mark.usefixtures("trap")
+def test_bodies_that_want_more(gateway: Host) -> None:
+    """They are answered by the engine for the price that it has, or refused, and nobody else is hurt."""
+    time.sleep(2 * BATCH_SECONDS)
+    before, costs, counts, running = spent(gateway), counted(gateway), tokens(gateway), processes(gateway)
+    for fields in [*({name: value} for name, values in VALUES.items() for value in values), *TOGETHER]:
+        status, answer = post({"model": "tiny", "messages": MESSAGES, "max_tokens": 4, **fields}, key())
+        print(status, json.dumps(fields)[:120], "" if status == 200 else answer[:200])
+        assert status in (*REFUSED, 200, 429)
+        assert "free" not in answer
+        assert plain("chat", "apps") == 200, fields
+    time.sleep(3 * BATCH_SECONDS)
+    cost = {model: now - costs[model] for model, now in counted(gateway).items()}
+    assert cost["second"] == 0
+    assert spent(gateway) - before == pytest.approx(cost["tiny"], rel=0.001)
+    by_vllm, by_litellm = (now - then for now, then in zip(tokens(gateway), counts, strict=True))
+    assert by_litellm == by_vllm
+    assert processes(gateway) == running
 
 
 def test_model_is_the_one_that_nginx_and_litellm_both_read() -> None:

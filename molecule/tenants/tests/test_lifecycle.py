@@ -1,4 +1,4 @@
-"""LiteLLM over its life: changes under load, changes that fail, and what shows of secrets."""
+"""LiteLLM over its life: changes under load, changes that fail, runs that are cut short, and what shows of secrets."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from openai import OpenAI
 from service import ask, key, serving
 from testinfra.host import Host
 
+NGINX_SITE = "/etc/nginx/sites-available/llmfleet.conf"
 PRICES = {"tiny": {"input": 2, "output": 4}}
 
 
@@ -146,7 +147,11 @@ def test_metrics_are_those_of_all_workers(gateway: Host, chat: OpenAI) -> None:
     ("variables", "says"),
     [
         ({"litellm_config": {"general_settings": "nonsense"}}, "general_settings"),
-        ({"litellm_config": {"router_settings": {"routing_strategy": "nonsense"}}}, "nonsense"),
+        pytest.param(
+            {"litellm_config": {"router_settings": {"routing_strategy": "nonsense"}}},
+            "nonsense",
+            marks=pytest.mark.long,
+        ),
         ({"litellm_config": {"general_settings": {"master_key": "sk-another"}}}, "What served before serves on."),
     ],
 )
@@ -160,6 +165,23 @@ def test_what_litellm_refuses_leaves_what_served(
     assert says in run.said
     assert set(met.answers) == {200}
     assert (serving(gateway), running(gateway)) == (before, {before})
+
+
+@pytest.mark.long
+def test_runs_that_are_cut_short_are_mended_by_the_next(gateway: Host, chat: OpenAI) -> None:
+    """Before the new instance has answered, and before nginx knows of it."""
+    before = serving(gateway)
+    (other,) = {"4000", "4001"} - {before}
+    prices = {"litellm_prices": {**PRICES, "second": {"input": 3, "output": 3}}}
+    moments = (lambda: other in running(gateway), lambda: serving(gateway) == other)
+    with clients(chat) as met:
+        for moment in moments:
+            support.cut_short(moment, 900, "gateway", variables=prices)
+        assert f"127.0.0.1:{before}" in gateway.file(NGINX_SITE).content_string
+        support.apply("gateway", variables=prices)
+    assert set(met.answers) == {200}
+    assert f"127.0.0.1:{other}" in gateway.file(NGINX_SITE).content_string
+    support.wait_until(lambda: running(gateway) == {serving(gateway)}, 60)
 
 
 def test_drained_model_gets_nothing_and_the_keys_stay(api: OpenAI) -> None:

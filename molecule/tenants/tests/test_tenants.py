@@ -9,14 +9,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import support
 from openai import OpenAI
-from service import BATCH_SECONDS, DECLARED, METRICS, ask, key, serving, spend
+from service import BATCH_SECONDS, DECLARED, METRICS, ask, key, listening, serving, spend
 from testinfra.host import Host
 
 TENANTS = DECLARED["vars"]["serving_tenants"]
+ALERTS = urlsplit(DECLARED["vars"]["litellm_alert_webhook_url"])
 PRICE = 2e-6  # of a token that tiny says
 
 
@@ -35,12 +37,6 @@ def apply(tenants: list[dict[str, Any]], *arguments: str, **variables: Any) -> s
 
 
 # --- what each may do -----------------------------------------------------------------------------------------
-
-
-def test_second_run_changes_nothing() -> None:
-    again = support.apply("site")
-    assert again.total("changed") == 0, again.output
-    print(f"no-change run of gateway and engine with tenants: {again.tasks} tasks, {again.seconds:.1f} s")
 
 
 def test_keys_open_what_their_teams_may_use(api: OpenAI) -> None:
@@ -79,8 +75,14 @@ def test_keys_are_changed_blocked_rotated_and_deleted(api: OpenAI, tenants: list
 def test_budget_comes_to_its_end(gateway: Host, api: OpenAI) -> None:
     """It is enough for 50 tokens: a first answer may be longer, and a later one is refused."""
     poor = key("apps", "poor")
-    support.wait_until(lambda: ask(api, poor, tokens=64) == 422, 180)
-    assert spend(gateway, "apps/poor") > 0.0001
+    with listening(gateway, int(ALERTS.port)) as told:
+        support.wait_until(lambda: ask(api, poor, tokens=64) == 422, 180)
+        support.wait_until(lambda: "budget_crossed" in told(), 60)
+        print(told())
+        assert f"POST {ALERTS.path}" in told()
+        assert "apps/poor" in told()
+        assert poor not in told()
+    support.wait_until(lambda: spend(gateway, "apps/poor") > 0.0001, 6 * BATCH_SECONDS)
     assert ask(api, key("apps", "chat")) == 200
 
 
@@ -118,20 +120,12 @@ def test_database_that_is_away(gateway: Host, api: OpenAI) -> None:
 
 
 def test_litellm_that_is_killed_comes_back(gateway: Host, api: OpenAI) -> None:
-    port, cut = serving(gateway), []
-
-    def listen() -> None:
-        try:
-            support.stream(api.with_options(api_key=key("apps", "chat")), "tiny", 1500)
-        except Exception as error:
-            cut.append(error)
-
-    stream = threading.Thread(target=listen)
-    stream.start()
-    time.sleep(2)
-    gateway.check_output(f"systemctl kill --kill-whom=all --signal=KILL litellm@{port}")
-    stream.join(60)
-    assert cut, "the stream did not notice"
+    port, begun = serving(gateway), threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        stream = pool.submit(support.stream, api.with_options(api_key=key("apps", "chat")), "tiny", 1900, begun)
+        assert begun.wait(60)
+        gateway.check_output(f"systemctl kill --kill-whom=all --signal=KILL litellm@{port}")
+        assert stream.exception(60), "the stream did not notice"
     start = time.monotonic()
     support.wait_until(lambda: ask(api, key("apps", "chat")) == 200, 120)
     print(f"LiteLLM serves again after {time.monotonic() - start:.0f} s")

@@ -33,7 +33,7 @@ LOG = "/var/log/nginx/llmfleet.access.log"
 STANDINS = ["127.0.0.1:9001", "127.0.0.1:9002"]
 KEYS = {"alice": "alice-0123456789-alice", "bob": "bob-0123456789-bob-012"}
 PER_SECOND, BURST, CONCURRENT = 50, 50, 60
-ATTEMPTS = 3
+ATTEMPTS = 8
 
 
 class Door:
@@ -245,7 +245,7 @@ ACCEPTED = {
 }
 
 
-def test_weak_tls_is_not_offered(door: Door) -> None:
+def looked_for(door: Door) -> list[dict[str, str]]:
     """All that testssl.sh looks for, but for each of its ciphers by name and for what browsers would choose."""
     checks = "--protocols --standard --pfs --server-defaults --server-preference --headers --vulnerable"
     options = "--quiet --color 0 --warnings off --connect-timeout 10 --openssl-timeout 10 --severity LOW"
@@ -256,6 +256,13 @@ def test_weak_tls_is_not_offered(door: Door) -> None:
     )
     found = json.loads(door.out.file("/root/door/tls.json").content_string)
     print([(each["id"], each["severity"], each["finding"]) for each in found])
+    return found
+
+
+def test_weak_tls_is_not_offered(door: Door) -> None:
+    found = looked_for(door)
+    if any(each["severity"] == "WARN" and each["id"] not in ACCEPTED for each in found):
+        found = looked_for(door)  # WARN: it could not tell, for a handshake took too long
     assert {each["id"] for each in found} >= {"cert_revocation"}, "it has not looked"
     assert [each for each in found if each["severity"] != "LOW" and each["id"] not in ACCEPTED] == []
 
@@ -424,7 +431,7 @@ def test_key_stays_with_its_replica_until_that_is_gone(door: Door) -> None:
 
 def test_keys_are_changed_without_a_restart(door: Door) -> None:
     ended: list[Any] = []
-    body = {"model": "standin", "stream": True, "max_tokens": 400, "gap": 0.1}
+    body = {"model": "standin", "stream": True, "max_tokens": 900, "gap": 0.1}
     stream = threading.Thread(
         target=lambda: ended.append(door.client("streams", "alice", streams=1, seconds=1, body=body))
     )

@@ -5,8 +5,9 @@ import crypto from 'crypto';
 const MOST_BRACKETS = 100000;
 // Before LiteLLM, which would obey them, though no SDK sends them: they lead elsewhere, or let an answer go uncounted.
 const NOT_SENT = ['additional_drop_params', 'allowed_openai_params', 'api_base', 'api_key', 'base_url', 'custom_llm_provider',
-    'drop_params', 'extra_body', 'extra_headers', 'headers', 'litellm_metadata', 'litellm_params', 'max_retries', 'num_retries',
-    'specific_deployment', 'stream_timeout', 'tags', 'timeout'];
+    'drop_params', 'extra_body', 'extra_headers', 'headers', 'litellm_call_id', 'litellm_metadata', 'litellm_params', 'litellm_session_id',
+    'litellm_trace_id', 'max_retries', 'no-log', 'num_retries', 'specific_deployment', 'stream_timeout', 'tags', 'timeout'];
+const TEXTS = ['input', 'prompt', 'suffix'];
 const LISTED = ['cache-control', 'content-encoding', 'content-length', 'content-type', 'retry-after'];
 
 // The name of the key's owner, empty without a right key. llmfleet_keys is {SHA-256 of a key: name}, read from keys.json.
@@ -75,6 +76,13 @@ function route(r) {
     const obeyed = r.variables.llmfleet_obeying && NOT_SENT.find((name) => body[name] !== undefined);
     if (obeyed) {
         refuse(r, 400, `${obeyed} is not a parameter of this API.`, obeyed, 'unknown_parameter');
+        return;
+    }
+    // PostgreSQL, which LiteLLM writes all but the texts to, knows no NUL.
+    const unwritable = r.variables.llmfleet_obeying && Object.keys(body).find((name) =>
+        typeof body[name] === 'string' && body[name].includes('\0') && !TEXTS.includes(name));
+    if (unwritable) {
+        refuse(r, 400, `${unwritable} must not contain NUL.`, unwritable, 'invalid_value');
         return;
     }
     // vLLM takes 1 and "yes" as true. LiteLLM does not, and would count no tokens.

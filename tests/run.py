@@ -108,6 +108,7 @@ def run(stage: Stage, long: bool) -> Outcome:
                 failures += failed_tests(stage.junit)
                 stage.junit.rename(stage.junit.with_suffix(".done.xml"))
                 failed += bool(code and not bad)
+                failures += [f"{' '.join(command)} ended with {code}"] if code and not bad else []
             else:
                 passed, failed = passed + (code == 0), failed + (code != 0)
                 failures += [f"{' '.join(command)} ended with {code}"] if code else []
@@ -154,8 +155,9 @@ def run_all(stages: list[Stage], long: bool) -> Iterator[Outcome]:
                     waiting.remove(stage)
                     running[pool.submit(run, stage, long)] = stage
             for done in wait(running, return_when=FIRST_COMPLETED).done:
-                del running[done]
-                yield done.result()
+                stage = running.pop(done)
+                error = done.exception()
+                yield Outcome(stage, 0, 0, 1, 0, (repr(error),)) if error else done.result()
 
 
 def main() -> int:

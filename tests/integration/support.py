@@ -158,13 +158,14 @@ def stream(api: OpenAI, model: str, tokens: int, begun: threading.Event | None =
 
 def fetch(host: Host, url: str) -> str:
     """What the host itself gets from there; empty where nothing answers. Bare hosts have no curl."""
-    program = f"import urllib.request as u; print(u.urlopen({url!r}, timeout=5).read().decode())"
+    program = f"import urllib.request as u; print(u.urlopen({url!r}, timeout=30).read().decode())"
     return host.run("python3 -c %s", program).stdout
 
 
 def metric(host: Host, url: str, name: str) -> float:
     """The sum of a Prometheus metric over its labels."""
     lines = fetch(host, url).splitlines()
+    assert lines, f"{url} does not answer"
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
 
 

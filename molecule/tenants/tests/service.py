@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import openai
 import support
@@ -16,6 +17,7 @@ from testinfra.host import Host
 DECLARED: dict[str, Any] = yaml.safe_load((support.INVENTORY / "hosts.yml").read_text())["all"]
 GATEWAY, ENGINE = (DECLARED["hosts"][name]["ansible_host"] for name in ("gw", "eng"))
 METRICS = {"tiny": f"http://{ENGINE}:8000/metrics", "second": f"http://{ENGINE}:8001/metrics"}
+Value = TypeVar("Value")
 BATCH_SECONDS = 10  # litellm_batch_write_seconds
 LISTENER = """
 import http.server
@@ -57,6 +59,19 @@ def spend(gateway: Host, alias: str) -> float:
     return float(gateway.check_output(f"echo %s | {program}", sql, alias))
 
 
+def settled(read: Callable[[], Value]) -> Value:
+    """What is read from the database, once all that LiteLLM still had to write is there."""
+    last, since = read(), time.monotonic()
+    deadline = since + 30 * BATCH_SECONDS
+    while time.monotonic() < since + 2.5 * BATCH_SECONDS:
+        assert time.monotonic() < deadline, "it does not come to rest"
+        time.sleep(2)
+        now = read()
+        if now != last:
+            last, since = now, time.monotonic()
+    return last
+
+
 def serving(gateway: Host) -> str:
     """The port of the instance that serves."""
     return next(port for port in ("4000", "4001") if gateway.run(f"systemctl is-enabled litellm@{port}").rc == 0)
@@ -68,7 +83,7 @@ def listening(gateway: Host, port: int) -> Iterator[Callable[[], str]]:
     unit = f"llmfleet-listener-{secrets.token_hex(4)}"
     gateway.check_output(f"systemd-run --quiet --collect --unit={unit} python3 -uc %s", LISTENER % port)
     try:
-        support.wait_until(lambda: gateway.run(f"ss -Hltn 'sport = :{port}'").stdout != "", 10)
+        support.wait_until(lambda: gateway.run(f"ss -Hltn 'sport = :{port}'").stdout != "", 30)
         yield lambda: gateway.check_output(f"journalctl --quiet --output=cat _SYSTEMD_UNIT={unit}.service")
     finally:
         gateway.run(f"systemctl stop {unit}")

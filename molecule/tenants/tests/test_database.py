@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import support
-from service import BATCH_SECONDS, GATEWAY, ask, key, spend
+from service import BATCH_SECONDS, GATEWAY, ask, key, settled, spend
 from testinfra.host import Host
 
 SECRETS = support.INVENTORY / ".secrets"
@@ -242,7 +242,7 @@ def test_a_restore_replaces_what_is_there_and_keeps_a_backup_of_it(gateway: Host
     assert len(on_host(gateway)) == made + 1
     assert "_llmfleet_" not in sql(gateway, "SELECT string_agg(datname, ' ') FROM pg_database", "postgres")
     with support.client(GATEWAY, key="none") as api:
-        support.wait_until(lambda: ask(api, key("apps", "chat")) == 200, 120)
+        support.wait_until(lambda: ask(api, key("apps", "chat")) == 200, 300)
 
 
 # --- the disk is full -----------------------------------------------------------------------------------------
@@ -267,16 +267,15 @@ def small_disk(gateway: Host) -> Iterator[str]:
 def test_a_full_disk_stops_no_client_and_loses_no_spend(gateway: Host, small_disk: str) -> None:
     """PostgreSQL ends, for longer than LiteLLM tries again by itself, and comes back once there is room."""
     user, answers = "apps/chat", Counter[int]()
-    time.sleep(2 * BATCH_SECONDS)  # what other tests have spent
-    before = spend(gateway, user)
+    before = settled(lambda: spend(gateway, user))
     with support.client(GATEWAY, key="none") as api:
         assert ask(api, key("apps", "chat")) == 200
-        support.wait_until(lambda: spend(gateway, user) > before, 6 * BATCH_SECONDS)
+        support.wait_until(lambda: spend(gateway, user) > before, 18 * BATCH_SECONDS)
         cost = spend(gateway, user) - before
         sql(gateway, "CHECKPOINT")  # none that frees segments while the disk is filled
         gateway.check_output(f"fallocate -l $(df -B1 --output=avail {small_disk} | tail -1) {small_disk}/filler")
         fill = "psql -Xqc \"SELECT pg_logical_emit_message(false, '', ''), pg_switch_wal()\""
-        gateway.check_output("timeout 120 su - postgres -c %s", f"while {fill}; do :; done >/dev/null 2>&1")
+        gateway.check_output("timeout 300 su - postgres -c %s", f"while {fill}; do :; done >/dev/null 2>&1")
         assert gateway.run("su - postgres -c 'psql -c \"SELECT 1\"'").rc != 0
         for _ in range(15):
             answers[ask(api, key("apps", "chat"))] += 1
@@ -284,11 +283,10 @@ def test_a_full_disk_stops_no_client_and_loses_no_spend(gateway: Host, small_dis
         print("while the disk was full:", dict(answers))
         assert set(answers) == {200}
         gateway.check_output(f"rm {small_disk}/filler")
-        support.wait_until(lambda: gateway.run("su - postgres -c 'psql -c \"SELECT 1\"'").rc == 0, 60)
+        support.wait_until(lambda: gateway.run("su - postgres -c 'psql -c \"SELECT 1\"'").rc == 0, 180)
         wanted = before + (1 + answers[200]) * cost
-        support.wait_until(lambda: spend(gateway, user) > wanted - cost / 2, 12 * BATCH_SECONDS)
-        time.sleep(2 * BATCH_SECONDS)
-        assert spend(gateway, user) == pytest.approx(wanted)
+        support.wait_until(lambda: spend(gateway, user) > wanted - cost / 2, 30 * BATCH_SECONDS)
+        assert settled(lambda: spend(gateway, user)) == pytest.approx(wanted)
 
 
 # --- the gateway is gone --------------------------------------------------------------------------------------
@@ -307,8 +305,8 @@ def test_a_destroyed_gateway_comes_back(gateway: Host) -> None:
     spent = {user: spend(gateway, "/".join(user)) for user in users}
     with support.client(GATEWAY, key="none") as api:
         assert [ask(api, keys[user], model, 32) for user, model in users.items()] == [200] * 3
-    support.wait_until(lambda: all(spend(gateway, "/".join(user)) > spent[user] for user in users), 6 * BATCH_SECONDS)
-    time.sleep(2 * BATCH_SECONDS)  # the other tables
+    support.wait_until(lambda: all(spend(gateway, "/".join(user)) > spent[user] for user in users), 18 * BATCH_SECONDS)
+    settled(lambda: digest(gateway))
     support.apply("backup")
     before, entries, shown, salt = digest(gateway), sql(gateway, LEDGER), report(), support.secret("litellm_salt_key")
 

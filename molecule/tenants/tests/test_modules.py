@@ -303,7 +303,9 @@ def test_no_key_is_ever_said(gateway: Host) -> None:
     (made, rotated, refused), said = modules(calls, verbose=True)
     assert (made["changed"], rotated["changed"]) == (True, True)
     assert "has the same key" in refused["msg"]
-    said += gateway.check_output("journalctl --quiet --no-pager --since -10min")
+    journal = gateway.check_output("journalctl --quiet --no-pager --since -10min")
+    assert "litellm" in journal
+    said += journal
     for secret in (first, second, master_key()):
         assert secret not in said
 

@@ -25,7 +25,7 @@ def test_without_tenants_nginx_serves_alone(gateway: Host, api: OpenAI) -> None:
     run = support.apply("gateway", variables=none)
     assert "serving_tenants is empty: nginx serves without LiteLLM" in run.said
     assert (ask(api, support.secret("api_key")), ask(api, key("apps", "chat"))) == (200, 401)
-    support.wait_until(lambda: gateway.run("pgrep -u litellm").rc == 1, 60)
+    support.wait_until(lambda: gateway.run("pgrep -u litellm").rc == 1, 180)
     assert gateway.run("ls /etc/systemd/system/multi-user.target.wants | grep litellm").stdout == ""
     gateway.check_output("systemctl start llmfleet-backup.service")
     assert support.apply("gateway", variables=none).total("changed") == 0

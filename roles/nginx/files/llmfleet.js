@@ -7,7 +7,7 @@ const MOST_BRACKETS = 100000;
 const NOT_SENT = ['additional_drop_params', 'allowed_openai_params', 'api_base', 'api_key', 'base_url', 'custom_llm_provider',
     'drop_params', 'extra_body', 'extra_headers', 'headers', 'litellm_call_id', 'litellm_metadata', 'litellm_params', 'litellm_session_id',
     'litellm_trace_id', 'max_retries', 'no-log', 'num_retries', 'specific_deployment', 'stream_timeout', 'tags', 'timeout'];
-const TEXTS = ['input', 'prompt', 'suffix'];
+const TEXTS = ['input', 'instructions', 'prompt', 'stop', 'suffix'];
 const LISTED = ['cache-control', 'content-encoding', 'content-length', 'content-type', 'retry-after'];
 
 // The name of the key's owner, empty without a right key. llmfleet_keys is {SHA-256 of a key: name}, read from keys.json.

@@ -57,6 +57,7 @@ PACE = 0.002  # seconds between two tokens of the stand-in
 TOKENS = 64
 MANY = 8
 TEAM = "llmfleet-bench"
+USAGE = "llmfleet_usage.continuous_usage"
 TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -67,11 +68,15 @@ async def answer(request: web.Request) -> web.StreamResponse:
     body = await request.json()
     count = body["max_tokens"]
     common = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": body["model"]}
-    usage = {"prompt_tokens": 16, "completion_tokens": count, "total_tokens": 16 + count}
+    options = body.get("stream_options") or {}
+
+    def usage(said: int) -> dict[str, int]:
+        return {"prompt_tokens": 16, "completion_tokens": said, "total_tokens": 16 + said}
+
     if not body.get("stream"):
         message = {"role": "assistant", "content": "word " * count}
         choice = {"index": 0, "message": message, "finish_reason": "length"}
-        return web.json_response({**common, "object": "chat.completion", "choices": [choice], "usage": usage})
+        return web.json_response({**common, "object": "chat.completion", "choices": [choice], "usage": usage(count)})
     reply = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await reply.prepare(request)
 
@@ -82,9 +87,10 @@ async def answer(request: web.Request) -> web.StreamResponse:
     for number in range(count):
         await asyncio.sleep(PACE)
         finish = "length" if number == count - 1 else None
-        await say([{"index": 0, "delta": {"content": "word "}, "finish_reason": finish}])
-    if (body.get("stream_options") or {}).get("include_usage"):
-        await say([], usage=usage)
+        so_far = {"usage": usage(number + 1)} if options.get("continuous_usage_stats") else {}
+        await say([{"index": 0, "delta": {"content": "word "}, "finish_reason": finish}], **so_far)
+    if options.get("include_usage"):
+        await say([], usage=usage(count))
     await reply.write(b"data: [DONE]\n\n")
     return reply
 
@@ -428,7 +434,8 @@ SETTINGS: dict[str, Callable[[Settings], Any]] = {
         config("litellm_settings", json_logs=True)(settings),
     ),
     "prompts kept for logging": config("litellm_settings", turn_off_message_logging=False),
-    "no Prometheus": config("litellm_settings", callbacks=[]),
+    "no Prometheus": lambda settings: settings.config["litellm_settings"]["callbacks"].remove("prometheus"),
+    "no usage with each piece": lambda settings: settings.config["litellm_settings"]["callbacks"].remove(USAGE),
     "openai/, not hosted_vllm/": provider("openai"),
     "httpx, not aiohttp": environment(DISABLE_AIOHTTP_TRANSPORT="True"),
     "idle connections kept 60 s": environment(AIOHTTP_KEEPALIVE_TIMEOUT="60"),

@@ -170,7 +170,7 @@ def main() -> int:
     if unknown := set(wanted) - set(names):
         parser.error(f"no such stage: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     if not asked.long:
-        print("Tests that are marked long are left out, for they take 20 minutes: --long runs them.")
+        print("Tests that are marked long are left out, for they take 40 minutes: --long runs them.")
     start = time.monotonic()
     outcomes: list[Outcome] = []
     for outcome in run_all([stage for stage in STAGES if stage.name in wanted], asked.long):

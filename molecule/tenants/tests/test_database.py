@@ -94,6 +94,7 @@ def test_it_is_confined(gateway: Host) -> None:
     assert support.exposure(gateway, "llmfleet-backup.service") < 2
 
 
+@pytest.mark.long
 def test_a_setting_is_reloaded_or_restarted_as_it_needs(gateway: Host, role: Path) -> None:
     before = started(gateway)
     check = support.apply(str(role), "--check", "--diff", variables={"postgresql_max_connections": 120})
@@ -112,6 +113,7 @@ def test_a_setting_is_reloaded_or_restarted_as_it_needs(gateway: Host, role: Pat
     assert started(gateway) == before
 
 
+@pytest.mark.long
 def test_bad_input_is_refused_before_anything_is_changed(role: Path) -> None:
     variables = {"postgresql_memory": 1, "postgresql_listen_addresses": "*'"}
     run = support.play(str(role), variables=variables)
@@ -185,6 +187,7 @@ def test_the_timer_makes_one_in_its_confinement(gateway: Host) -> None:
     assert len(on_host(gateway)) == before + 1
 
 
+@pytest.mark.long
 def test_the_newest_are_kept(gateway: Host) -> None:
     for _ in range(2):
         support.apply("backup", variables={"serving_backup_keep": 2})
@@ -192,6 +195,7 @@ def test_the_newest_are_kept(gateway: Host) -> None:
     assert sorted(path.name for path in COPIES.iterdir()) == sorted(on_host(gateway))
 
 
+@pytest.mark.long
 def test_a_backup_that_fails_replaces_nothing(gateway: Host) -> None:
     before = on_host(gateway)
     program = gateway.check_output("readlink -f /usr/bin/age-keygen")
@@ -205,6 +209,7 @@ def test_a_backup_that_fails_replaces_nothing(gateway: Host) -> None:
     assert on_host(gateway) == before
 
 
+@pytest.mark.long
 def test_what_cannot_be_restored_is_refused_and_changes_nothing(gateway: Host, tmp_path: Path) -> None:
     before, content = digest(gateway), newest().read_bytes()
     tampered = tmp_path / "tampered.age"
@@ -264,6 +269,7 @@ def small_disk(gateway: Host) -> Iterator[str]:
     )
 
 
+@pytest.mark.long
 def test_a_full_disk_stops_no_client_and_loses_no_spend(gateway: Host, small_disk: str) -> None:
     """PostgreSQL ends, for longer than LiteLLM tries again by itself, and comes back once there is room."""
     user, answers = "apps/chat", Counter[int]()

@@ -291,6 +291,7 @@ def tokens(gateway: Host) -> tuple[float, int]:
     )
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("trap")
 def test_bodies_that_want_more(gateway: Host) -> None:
     """They are answered by the engine for the price that it has, or refused, and nobody else is hurt."""

@@ -248,6 +248,7 @@ def test_key_is_made_and_shown_once(gateway: Host, team: str) -> None:
     assert "key" not in ok("litellm_key", team=team, name="ci")
 
 
+@pytest.mark.long
 def test_key_may_use_what_its_team_may(gateway: Host) -> None:
     ok("litellm_team", name=TEAM, models=["tiny"])
     key = ok("litellm_key", team=TEAM, name="ci")["key"]
@@ -258,6 +259,7 @@ def test_key_may_use_what_its_team_may(gateway: Host) -> None:
 # --- all of them --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_tenants_and_strangers(gateway: Host) -> None:
     others = as_declared(ok("litellm_tenants_info"))
     ci, lab, stranger = new_key(), new_key(), new_key()
@@ -289,6 +291,7 @@ def test_tenants_and_strangers(gateway: Host) -> None:
     assert (rows["trial/ci"], rows["trial/lab"]) == (sha256(lab), sha256(ci))
 
 
+@pytest.mark.long
 def test_no_key_is_ever_said(gateway: Host) -> None:
     """By Ansible at its loudest, or in the journal."""
     first, second = new_key(), new_key()
@@ -399,6 +402,7 @@ def test_hostile_values() -> None:
     assert snapshot() == before
 
 
+@pytest.mark.long
 def test_odd_text_is_kept_as_it_is(team: str) -> None:
     """What PostgreSQL and JSON can hold is nobody's business."""
     odd = {

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import support
 from openai import OpenAI
 from service import ask, key
 from testinfra.host import Host
+
+pytestmark = pytest.mark.long
 
 FILES = (
     "/etc/litellm /opt/litellm /opt/uv /run/litellm /run/litellm-redis /var/lib/litellm-redis /var/cache/litellm "

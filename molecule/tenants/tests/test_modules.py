@@ -198,6 +198,7 @@ def test_team(gateway: Host) -> None:
     assert usable(gateway, key) is None
 
 
+@pytest.mark.long
 def test_key(gateway: Host, team: str) -> None:
     first, second = new_key(), new_key()
     twice("litellm_key", team=team, name="ci", key=first, max_budget=5, max_parallel_requests=3)

@@ -157,7 +157,7 @@ def test_metrics_are_those_of_all_workers(gateway: Host, chat: OpenAI) -> None:
 @pytest.mark.parametrize(
     ("variables", "says"),
     [
-        ({"litellm_config": {"general_settings": "nonsense"}}, "general_settings"),
+        pytest.param({"litellm_config": {"general_settings": "nonsense"}}, "general_settings", marks=pytest.mark.long),
         pytest.param(
             {"litellm_config": {"router_settings": {"routing_strategy": "nonsense"}}},
             "nonsense",

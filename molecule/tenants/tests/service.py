@@ -52,11 +52,22 @@ def ask(api: OpenAI, key: str, model: str = "tiny", tokens: int = 8) -> int:
     return 200
 
 
+def sql(host: Host, statements: str, database: str = "litellm") -> str:
+    return host.check_output("echo %s | su - postgres -c 'psql -XAtq -v ON_ERROR_STOP=1 %s'", statements, database)
+
+
 def spend(gateway: Host, alias: str) -> float:
     """By what has been written to the database."""
-    program = "su postgres -c 'psql -XAtq litellm --set=alias='%s"
-    sql = "SELECT spend FROM \"LiteLLM_VerificationToken\" WHERE key_alias = :'alias'"
-    return float(gateway.check_output(f"echo %s | {program}", sql, alias))
+    return float(sql(gateway, f"SELECT spend FROM \"LiteLLM_VerificationToken\" WHERE key_alias = '{alias}'"))  # noqa: S608
+
+
+def counted(gateway: Host) -> dict[str, float]:
+    """The tokens that vLLM has read and written, and what they cost."""
+    read, wrote = (
+        [support.metric(gateway, url, f"vllm:{kind}_tokens_total") for url in METRICS.values()]
+        for kind in ("prompt", "generation")
+    )
+    return {"tiny": read[0] * 1e-6 + wrote[0] * 2e-6, "second": read[1] * 1e-5 + wrote[1] * 2e-5}
 
 
 def settled(read: Callable[[], Value]) -> Value:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import support
-from service import BATCH_SECONDS, GATEWAY, ask, key, settled, spend
+from service import BATCH_SECONDS, GATEWAY, ask, key, settled, spend, sql
 from testinfra.host import Host
 
 SECRETS = support.INVENTORY / ".secrets"
@@ -43,10 +43,6 @@ def role(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "        tasks_from: '{{ step | default(\"main\") }}'\n"
     )
     return play
-
-
-def sql(host: Host, statements: str, database: str = "litellm") -> str:
-    return host.check_output("echo %s | su - postgres -c 'psql -XAtq -v ON_ERROR_STOP=1 %s'", statements, database)
 
 
 def digest(host: Host) -> str:

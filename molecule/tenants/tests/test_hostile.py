@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import support
-from service import ENGINE, GATEWAY, METRICS, key, listening, settled
+from service import ENGINE, GATEWAY, METRICS, counted, key, listening, settled, sql
 from testinfra.host import Host
 
 TRAP = "127.0.0.1:4999"  # where nobody may ever be led
@@ -102,14 +102,10 @@ def logged(gateway: Host, mark: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in lines]
 
 
-def ask_database(gateway: Host, sql: str) -> str:
-    return gateway.check_output("echo %s | su postgres -c 'psql -XAtq litellm'", sql)
-
-
 def entries(gateway: Host) -> list[str]:
     """How many teams, keys, users and models LiteLLM has."""
     return [
-        ask_database(gateway, f'SELECT count(*) FROM "LiteLLM_{table}"')  # noqa: S608
+        sql(gateway, f'SELECT count(*) FROM "LiteLLM_{table}"')  # noqa: S608
         for table in ("TeamTable", "VerificationToken", "UserTable", "ProxyModelTable")
     ]
 
@@ -268,26 +264,17 @@ TOGETHER: list[dict[str, Any]] = [
 
 
 def spent(gateway: Host) -> float:
-    sql = "SELECT sum(spend) FROM \"LiteLLM_VerificationToken\" WHERE key_alias IN ('research/ci', 'apps/chat')"
-    return float(ask_database(gateway, sql))
-
-
-def counted(gateway: Host) -> dict[str, float]:
-    """The tokens that vLLM has read and written, and what they cost."""
-    read, wrote = (
-        [support.metric(gateway, url, f"vllm:{kind}_tokens_total") for url in METRICS.values()]
-        for kind in ("prompt", "generation")
-    )
-    return {"tiny": read[0] * 1e-6 + wrote[0] * 2e-6, "second": read[1] * 1e-5 + wrote[1] * 2e-5}
+    query = "SELECT sum(spend) FROM \"LiteLLM_VerificationToken\" WHERE key_alias IN ('research/ci', 'apps/chat')"
+    return float(sql(gateway, query))
 
 
 def tokens(gateway: Host) -> tuple[float, int]:
     """What vLLM has counted, and what LiteLLM has written down of requests that were answered."""
     kinds = ("prompt", "generation")
-    sql = """SELECT coalesce(sum(total_tokens), 0) FROM "LiteLLM_SpendLogs" WHERE status = 'success'"""
+    query = """SELECT coalesce(sum(total_tokens), 0) FROM "LiteLLM_SpendLogs" WHERE status = 'success'"""
     return (
         sum(support.metric(gateway, url, f"vllm:{kind}_tokens_total") for url in METRICS.values() for kind in kinds),
-        int(ask_database(gateway, sql)),
+        int(sql(gateway, query)),
     )
 
 

@@ -91,11 +91,6 @@ def twice(name: str, /, **options: Any) -> dict[str, Any]:
     return done
 
 
-@pytest.fixture(scope="module")
-def gateway() -> Host:
-    return support.host(GATEWAY)
-
-
 @pytest.fixture(autouse=True)
 def swept(gateway: Host) -> Iterator[None]:
     yield

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 import support
 from openai import OpenAI
-from service import BATCH_SECONDS, DECLARED, METRICS, ask, key, listening, serving, settled, spend
+from service import BATCH_SECONDS, DECLARED, ask, counted, key, listening, serving, settled, spend
 from testinfra.host import Host
 
 TENANTS = DECLARED["vars"]["serving_tenants"]
@@ -132,19 +132,11 @@ def test_litellm_that_is_killed_comes_back(gateway: Host, api: OpenAI) -> None:
 # --- what is spent ----------------------------------------------------------------------------------------------
 
 
-def counted(gateway: Host) -> float:
-    """What vLLM's own counters say that tiny's tokens cost."""
-    asked, said = (
-        support.metric(gateway, METRICS["tiny"], f"vllm:{kind}_tokens_total") for kind in ("prompt", "generation")
-    )
-    return asked * 1e-6 + said * PRICE
-
-
 def cost_of(gateway: Host, requests: Callable[[], None]) -> tuple[float, float]:
     """What LiteLLM has recorded for the requests, and what they cost by vLLM's counters."""
-    spent, counts = settled(lambda: spend(gateway, "apps/chat")), counted(gateway)
+    spent, counts = settled(lambda: spend(gateway, "apps/chat")), counted(gateway)["tiny"]
     requests()
-    return settled(lambda: spend(gateway, "apps/chat")) - spent, counted(gateway) - counts
+    return settled(lambda: spend(gateway, "apps/chat")) - spent, counted(gateway)["tiny"] - counts
 
 
 def test_spend_is_what_vllm_counted(gateway: Host, api: OpenAI) -> None:

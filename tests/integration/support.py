@@ -10,8 +10,9 @@ import socket
 import subprocess
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,20 +87,33 @@ def cut_short(
     when: Callable[[], bool], seconds: float, playbook: str = "site", variables: dict[str, Any] | None = None
 ) -> None:
     """Run a playbook and kill it, with all its processes on the controller, as soon as ``when`` is true."""
+    mark = f"LLMFLEET_CUT={uuid.uuid4()}"
     process = subprocess.Popen(
         command(playbook, variables=variables),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd=PROJECT,
-        start_new_session=True,
+        env={**os.environ, **dict([mark.split("=")])},
     )
     try:
         wait_until(lambda: when() or process.poll() is not None, seconds)
         assert process.poll() is None, "the run has ended before it could be cut short"
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        while found := bearing(mark):
+            for number in found:
+                with suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
         process.wait()
+
+
+def bearing(mark: str) -> list[int]:
+    """Processes of this machine with that in their environment: Ansible's workers have sessions of their own."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if mark.encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:

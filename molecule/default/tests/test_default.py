@@ -214,9 +214,10 @@ def test_uv_from_a_given_wheel(host: Host, tmp_path: Path) -> None:
     assert support.apply("engines").total("changed") == 0
 
 
+@pytest.mark.long
 def test_run_cut_short_while_it_installs(host: Host) -> None:
     host.check_output(f"systemctl stop {UNIT} && rm -rf /opt/vllm/0.32.0")
-    support.cut_short(lambda: host.run("pgrep -f 'uv pip install'").succeeded, 120)
+    support.cut_short(lambda: host.run("pgrep -f 'uv pip install'").succeeded, 600)
     assert host.run("pgrep -f 'uv pip install'").succeeded, "it should go on, for the next run to wait for"
     assert not host.file("/opt/vllm/0.32.0/recipe.txt").exists
     support.apply("site")

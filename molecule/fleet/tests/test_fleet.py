@@ -57,6 +57,7 @@ def test_one_engine_less_is_not_noticed(engines: dict[str, Host]) -> None:
         engines["eng1"].check_output("systemctl start vllm@tiny.service")
 
 
+@pytest.mark.long
 def test_download_cut_short_is_mended(engines: dict[str, Host]) -> None:
     folder = "/var/lib/vllm/models/llmfleet--second@main"
     engines["eng2"].check_output("systemctl stop vllm@second.service")

@@ -396,6 +396,7 @@ def test_stream_comes_as_it_is_written(door: Door) -> None:
     assert ratio < 1.1
 
 
+@pytest.mark.long
 def test_reload_every_second_for_a_minute_loses_no_stream(door: Door) -> None:
     body = {"model": "standin", "stream": True, "max_tokens": 50, "gap": 0.1}
     with ThreadPoolExecutor(1) as pool:
@@ -507,6 +508,7 @@ def test_site_of_one_file_with_both_ports_is_replaced(door: Door) -> None:
     assert door.apply().total("changed") == 0
 
 
+@pytest.mark.long
 def test_drain_of_nothing_is_refused(door: Door) -> None:
     run = support.play("drain", variables={**door.variables, "drain_host": "nobody"})
     assert run.code != 0

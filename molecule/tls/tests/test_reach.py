@@ -135,6 +135,7 @@ def test_removal_leaves_the_host_as_it_was(out: Host) -> None:
         host.check_output("nft delete table inet operators")
 
 
+@pytest.mark.long
 def test_running_streams_outlive_the_first_rules(out: Host) -> None:
     """Of connections that the host has opened and says nothing on, as the gateway while an engine streams to it.
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,11 @@ class Cluster:
 def parse_clusters(text: str) -> list[Cluster]:
     rows = [line.split() for line in text.splitlines()]
     return [Cluster(row[0], row[1], int(row[2]), row[3], row[5]) for row in rows if len(row) >= 6 and row[2].isdigit()]
+
+
+def others(databases: Sequence[str], tables: int) -> list[str]:
+    """What is somebody else's in a cluster. ``tables`` are those in the database postgres, which every cluster has."""
+    return [*databases, *([f"postgres with {tables} table{'s' if tables > 1 else ''}"] if tables else [])]
 
 
 def host_problems(host: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:

@@ -105,12 +105,12 @@ tuned:
   returned: always
   type: bool
 ours:
-  description: Whether the cluster is the role's to tune, because it did before, or nobody else has a database in it.
+  description: Whether the cluster is the role's to tune, because it did before, or nobody else has anything in it.
   returned: always
   type: bool
 server:
   description:
-    - What the server says of its settings, its files, other databases, the database and its owner.
+    - What the server says of its settings, its files, what others have in it, the database and its owner.
     - Empty where none runs, or where it lets nobody in.
   returned: always
   type: dict
@@ -155,13 +155,14 @@ from ansible_collections.llmfleet.serving.plugins.module_utils._postgresql impor
     CLUSTER,
     PORT,
     Cluster,
+    others,
     parse_clusters,
 )
 
 DATA = Path("/var/lib/postgresql")
 SOCKETS = "/run/postgresql"
 PSQL = ("psql", "-XAtq", "--set=ON_ERROR_STOP=1", "--no-password", "--file=-")
-# "setting could not be applied" is what a setting says that waits for a restart.
+# "setting could not be applied" is what a setting says that waits for a restart. Oids below 16384 are the server's own.
 QUERY = r"""
 SELECT json_build_object(
   'settings', (SELECT json_object_agg(name, setting) FROM pg_settings
@@ -173,17 +174,21 @@ SELECT json_build_object(
     FROM pg_file_settings WHERE error IS NOT NULL AND error <> 'setting could not be applied'),
   'hba_errors', (SELECT coalesce(json_agg(concat('pg_hba.conf line ', line_number, ': ', error)), '[]')
     FROM pg_hba_file_rules WHERE error IS NOT NULL),
-  'others', (SELECT coalesce(json_agg(datname ORDER BY datname), '[]') FROM pg_database
+  'databases', (SELECT coalesce(json_agg(datname ORDER BY datname), '[]') FROM pg_database
     WHERE NOT datistemplate AND datname NOT IN ('postgres', :'database')
       AND datname NOT LIKE :'database' || '\_llmfleet\_%'),
+  'tables', (SELECT count(*) FROM pg_class
+    WHERE relkind IN ('r', 'p', 'm', 'f') AND relpersistence <> 't' AND oid >= 16384),
   'database', (SELECT json_build_object('owner', pg_get_userbyid(datdba), 'encoding', pg_encoding_to_char(encoding),
       'bytes', pg_database_size(oid), 'public', EXISTS (
-        SELECT FROM aclexplode(coalesce(datacl, acldefault('d', datdba))) WHERE grantee = 0))
+        SELECT FROM aclexplode(coalesce(datacl, acldefault('d', datdba))) WHERE grantee = 0),
+      'comment', coalesce(shobj_description(oid, 'pg_database'), ''))
     FROM pg_database WHERE datname = :'database'),
   'role', (SELECT json_build_object('login', rolcanlogin, 'powers', array_remove(ARRAY[
       CASE WHEN rolsuper THEN 'SUPERUSER' END, CASE WHEN rolcreaterole THEN 'CREATEROLE' END,
       CASE WHEN rolcreatedb THEN 'CREATEDB' END, CASE WHEN rolreplication THEN 'REPLICATION' END,
-      CASE WHEN rolbypassrls THEN 'BYPASSRLS' END], NULL))
+      CASE WHEN rolbypassrls THEN 'BYPASSRLS' END], NULL),
+      'comment', coalesce(shobj_description(oid, 'pg_authid'), ''))
     FROM pg_authid WHERE rolname = :'user'))
 """
 
@@ -199,7 +204,8 @@ def server(module: AnsibleModule, asked: dict[str, Any]) -> tuple[dict[str, Any]
     code, said, error = module.run_command(command, data=QUERY, cwd="/", expand_user_and_vars=False)
     if code:
         return {}, " ".join(error.split())
-    return json.loads(said), ""
+    answer = json.loads(said)
+    return {**answer, "others": others(answer["databases"], answer["tables"])}, ""
 
 
 def main() -> None:

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -98,6 +100,32 @@ def test_clusters_are_read() -> None:
 @pytest.mark.parametrize("host", [BARE, RUNNING])
 def test_a_bare_host_and_a_fresh_cluster_are_fine(host: dict[str, Any]) -> None:
     assert postgresql.host_problems(host, SETTINGS) == []
+
+
+def test_tables_in_the_database_that_every_cluster_has_are_somebodys() -> None:
+    assert postgresql.others([], 0) == []
+    assert postgresql.others(["wiki"], 1) == ["wiki", "postgres with 1 table"]
+    assert postgresql.others([], 3) == ["postgres with 3 tables"]
+
+
+@pytest.mark.parametrize(("tables", "ours"), [(0, True), (2, False)])
+def test_a_cluster_with_such_tables_is_left_alone(
+    run_module: Callable[..., dict[str, Any]], tmp_path: Path, tables: int, ours: bool
+) -> None:
+    said = {**SERVER, "settings": {**SERVER["settings"], "hba_file": "/nowhere"}, "loaded": 1, "started": 1}
+    answer = json.dumps({**said, "databases": [], "tables": tables})
+    listed = "15 main 5432 online postgres /var/lib/postgresql/15/main /var/log/x.log"
+    for program, text in (("pg_lsclusters", listed), ("runuser", answer), ("systemctl", ""), ("dpkg-query", "")):
+        (tmp_path / program).write_text(f"#!/bin/sh\ncat <<'E'\n{text}\nE\n")
+        (tmp_path / program).chmod(0o755)
+    asked = {"config": "/nowhere", "dropin": "/nowhere", "database": "litellm", "user": "litellm"}
+    found = run_module(
+        "postgresql_host_info",
+        {**asked, "versions": {"debian 12": "15"}},
+        patch={"system": lambda: "debian 12", "DATA": tmp_path, "free_bytes": lambda _: 0},
+        environment={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )
+    assert (found["ours"], found["server"]["others"]) == (ours, postgresql.others([], tables))
 
 
 def server(**changes: Any) -> dict[str, Any]:
@@ -204,3 +232,84 @@ def test_data_that_cannot_be_deleted_is_spoken_of(
     assert (done.returncode != 0) == refused, done.stdout
     assert ("does not answer (down)" in done.stdout) == refused
     assert ("systemctl start postgresql@15-main.service" in " ".join(done.stdout.split())) == refused
+
+
+MADE = yaml.safe_load((ROLES / "postgresql/vars/main.yml").read_text())["__postgresql_comment"]
+OWN = {**DATABASE, "comment": MADE}
+ELSEWHERE = {"litellm_database_url": "postgresql://litellm@localhost/litellm?host=/run/postgresql"}
+ASKED = {"postgresql_remove_data": True, "postgresql_remove_package": True}
+
+
+@pytest.mark.parametrize(
+    ("database", "role", "variables", "done"),
+    [
+        (OWN, MADE, ASKED, ["database", "owner", "cluster"]),
+        (OWN, "", ASKED, ["database", "cluster"]),
+        (None, MADE, ASKED, ["database", "owner", "cluster"]),
+        (OWN, MADE, {}, ["postgresql_remove_data=true deletes it"]),
+        ({**OWN, "comment": ""}, "", ASKED, ["the role postgresql has not made it"]),
+        ({**OWN, "comment": ""}, MADE, {}, ["the role postgresql has not made it"]),
+        (OWN, MADE, {**ASKED, **ELSEWHERE}, ["litellm_database_url is set"]),
+        (OWN, MADE, ELSEWHERE, ["litellm_database_url is set"]),
+    ],
+)
+def test_only_what_the_role_has_made_is_deleted(
+    run_playbook: Callable[..., subprocess.CompletedProcess[str]],
+    database: dict[str, Any] | None,
+    role: str,
+    variables: dict[str, Any],
+    done: list[str],
+) -> None:
+    """With what deletes replaced by words."""
+    deletes = {
+        "Delete the database": "database",
+        "Delete its owner": "owner",
+        "Drop the cluster": "cluster",
+        "Remove the packages": "packages",
+    }
+    tasks = yaml.safe_load((ROLES / "postgresql/tasks/remove.yml").read_text())
+    kept = [task for task in tasks if "block" in task or task["name"].startswith("Tell ")]
+    for block in (task for task in kept if "block" in task):
+        block.pop("become", None)
+        block["block"] = [
+            {"name": task["name"], "when": task.get("when", True), "ansible.builtin.debug": {"msg": "It goes."}}
+            for task in block["block"]
+        ]
+    found = server(database=database, role={"login": True, "powers": [], "comment": role})
+    defaults = {"postgresql_remove_data": False, "postgresql_remove_package": False}
+    play = {
+        "hosts": "all",
+        "gather_facts": False,
+        "vars_files": [str(ROLES / "postgresql/vars/main.yml")],
+        "vars": {**defaults, "__postgresql_host": found, **variables},
+        "tasks": kept,
+    }
+    ran = run_playbook([play])
+    assert ran.returncode == 0, ran.stdout
+    went = [name for name, text in re.findall(r"TASK \[(.+?)\] \**\n(.*)", ran.stdout) if text.startswith("ok")]
+    said = " ".join(ran.stdout.split())
+    assert [deletes[name] for name in went if name in deletes and name != "Remove the packages"] == [
+        word for word in done if word in deletes.values()
+    ]
+    assert said.count("The database litellm stays") == sum(" " in word or "=" in word for word in done)
+    assert all(word in said for word in done if word not in deletes.values())
+
+
+def test_backups_are_restored_into_a_database_that_the_role_knows_again() -> None:
+    settings = yaml.safe_load((ROLES / "serving_backup/vars/main.yml").read_text())["__serving_backup_settings"]
+    own = yaml.safe_load((ROLES / "postgresql/vars/main.yml").read_text())
+    wanted = [own[f"__postgresql_{name}"] for name in ("database", "user", "comment")]
+    assert [settings[name] for name in ("database", "owner", "comment")] == wanted
+
+
+def test_what_the_role_makes_it_knows_again() -> None:
+    text = (ROLES / "postgresql/tasks/service.yml").read_text()
+    (made,) = (task["block"] for task in yaml.safe_load(text) if "block" in task)
+    comments = {
+        module: arguments["comment"]
+        for task in made
+        for module, arguments in task.items()
+        if isinstance(arguments, dict) and "comment" in arguments
+    }
+    assert set(comments) == {"community.postgresql.postgresql_user", "community.postgresql.postgresql_db"}
+    assert all("__postgresql_comment" in comment for comment in comments.values())

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -268,24 +269,40 @@ def small_disk(gateway: Host) -> Iterator[str]:
 @pytest.mark.long
 def test_a_full_disk_stops_no_client_and_loses_no_spend(gateway: Host, small_disk: str) -> None:
     """PostgreSQL ends, for longer than LiteLLM tries again by itself, and comes back once there is room."""
-    user, answers = "apps/chat", Counter[int]()
+    user, answers, ended = "apps/chat", Counter[int](), threading.Event()
     before = settled(lambda: spend(gateway, user))
+
+    def in_use() -> None:
+        """For LiteLLM forgets within a minute a key that is not, and has to look it up."""
+        while not ended.wait(2):
+            answers[ask(api, key("apps", "chat"))] += 1
+
+    def answering() -> bool:
+        return gateway.run("su - postgres -c 'psql -c \"SELECT 1\"'").rc == 0
+
     with support.client(GATEWAY, key="none") as api:
         assert ask(api, key("apps", "chat")) == 200
         support.wait_until(lambda: spend(gateway, user) > before, 18 * BATCH_SECONDS)
         cost = spend(gateway, user) - before
-        sql(gateway, "CHECKPOINT")  # none that frees segments while the disk is filled
-        gateway.check_output(f"fallocate -l $(df -B1 --output=avail {small_disk} | tail -1) {small_disk}/filler")
-        fill = "psql -Xqc \"SELECT pg_logical_emit_message(false, '', ''), pg_switch_wal()\""
-        gateway.check_output("timeout 300 su - postgres -c %s", f"while {fill}; do :; done >/dev/null 2>&1")
-        assert gateway.run("su - postgres -c 'psql -c \"SELECT 1\"'").rc != 0
-        for _ in range(15):
-            answers[ask(api, key("apps", "chat"))] += 1
-            time.sleep(3)
-        print("while the disk was full:", dict(answers))
+        client = threading.Thread(target=in_use)
+        client.start()
+        try:
+            sql(gateway, "CHECKPOINT")  # none that frees segments while the disk is filled
+            gateway.check_output(f"fallocate -l $(df -B1 --output=avail {small_disk} | tail -1) {small_disk}/filler")
+            fill = "psql -Xqc \"SELECT pg_logical_emit_message(false, '', ''), pg_switch_wal()\""
+            gateway.check_output("timeout 300 su - postgres -c %s", f"while {fill}; do :; done >/dev/null 2>&1")
+            assert not answering()
+            with_database = answers.total()
+            time.sleep(45)
+            assert not answering()
+        finally:
+            ended.set()
+            client.join()
+        print("while the disk was filled and full:", dict(answers))
         assert set(answers) == {200}
+        assert answers.total() >= with_database + 5
         gateway.check_output(f"rm {small_disk}/filler")
-        support.wait_until(lambda: gateway.run("su - postgres -c 'psql -c \"SELECT 1\"'").rc == 0, 180)
+        support.wait_until(answering, 180)
         wanted = before + (1 + answers[200]) * cost
         support.wait_until(lambda: spend(gateway, user) > wanted - cost / 2, 30 * BATCH_SECONDS)
         assert settled(lambda: spend(gateway, user)) == pytest.approx(wanted)

@@ -46,7 +46,6 @@ NAME = re.compile(r"llmfleet-\d{8}T\d{6}Z\.age")
 PARTS = ("manifest.json", "keys.json", "database.dump")
 KEYS = {"litellm_salt_key": "LITELLM_SALT_KEY", "litellm_master_key": "LITELLM_MASTER_KEY"}
 MIB = 1024**2
-START_SECONDS = 300  # as litellm_start_timeout has it
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 TABLES = "SELECT count(*) FROM pg_class WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace"
 
@@ -62,6 +61,8 @@ class Config:
     database: str
     owner: str
     recipients: tuple[str, ...]
+    comment: str  # what the role postgresql knows its database by
+    start_timeout: int
 
     @property
     def new(self) -> str:
@@ -155,7 +156,10 @@ def run(command: Sequence[str], *, what: str, **options: Any) -> str:
 
 
 def as_postgres(command: Sequence[str], *, what: str, **options: Any) -> str:
-    return run(command, what=what, user="postgres", group="postgres", extra_groups=[], cwd="/", **options)
+    try:
+        return run(command, what=what, user="postgres", group="postgres", extra_groups=[], cwd="/", **options)
+    except LookupError:
+        raise RefusalError("This host has no user postgres: have the role postgresql make it first.") from None
 
 
 def psql(database: str, statements: str) -> str:
@@ -421,7 +425,7 @@ def replace_database(config: Config, dump: Path, units: Sequence[str]) -> str:
         try:
             systemctl("start", units)
             for unit in units:
-                await_ready(unit)
+                await_ready(unit, config.start_timeout)
         except RefusalError as error:
             systemctl("stop", units)
             swap(config, config.old, config.new)
@@ -443,16 +447,18 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def await_ready(unit: str) -> None:
+def await_ready(unit: str, seconds: int) -> None:
     """systemd takes it for started as soon as there is a process."""
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + seconds
     port = unit.removeprefix("litellm@").removesuffix(".service")
     while why := unready(port):
         restarts = run(["systemctl", "show", "--property=NRestarts", "--value", unit], what="systemctl show").strip()
         if restarts != "0":
             raise RefusalError(f"{unit} has ended. See: journalctl -u {unit}")
         if time.monotonic() > deadline:
-            raise RefusalError(f"After {START_SECONDS} s {unit} {why}. See: journalctl -u {unit}")
+            raise RefusalError(
+                f"After {seconds} s {unit} {why}; litellm_start_timeout gives it longer. See: journalctl -u {unit}"
+            )
         time.sleep(1)
 
 
@@ -491,6 +497,7 @@ def fill(config: Config, dump: Path) -> None:
         "postgres",
         f'CREATE DATABASE "{config.new}" OWNER "{config.owner}" TEMPLATE template0 '
         "ENCODING 'UTF8' LC_COLLATE 'C' LC_CTYPE 'C.UTF-8';\n"
+        f"COMMENT ON DATABASE \"{config.new}\" IS '{config.comment}';\n"
         f'REVOKE ALL ON DATABASE "{config.new}" FROM PUBLIC',
     )
     command = [
@@ -556,6 +563,8 @@ def main() -> int:
             settings["database"],
             settings["owner"],
             tuple(settings["recipients"]),
+            settings["comment"],
+            settings["start_timeout"],
         )
         with alone():
             config.folder.mkdir(mode=0o700, parents=True, exist_ok=True)

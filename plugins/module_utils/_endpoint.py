@@ -44,6 +44,7 @@ REMEDIES = {
     UNAUTHORIZED: "check api_key",
     403: "check what api_key may do",
     404: "check that models has the name that clients use",
+    422: "the budget of api_key is used up: raise it, or set nginx_verify_key to another key",
     429: "raise the rate limits of api_key or wait",
     503: f"put it back if it is drained (playbooks/drain.yml with drain_undo=true), or {LOGS}",
 }

@@ -315,6 +315,7 @@ ERROR = Handler.chunk('data: {"error": {"message": "out of ' + KEY + '"}}\n\n')
         (Server(insert=ERROR), "completion tiny", "the stream carries an error: out of ********"),
         (Server(chunks=0), "completion tiny", "a stream without any text"),
         (Server(answers={endpoint.CHAT: 404}), "completion tiny", "answered 404 (no: Bearer ********)"),
+        (Server(answers={endpoint.CHAT: 422}), "completion tiny", "the budget of api_key is used up: raise it, or set"),
         (Server(answers={endpoint.CHAT: 429}), "completion tiny", "raise the rate limits"),
         (Server(answers={endpoint.CHAT: 0}), "completion tiny", "cut the connection"),
     ],

@@ -85,6 +85,11 @@ function route(r) {
         refuse(r, 400, `${unwritable} must not contain NUL.`, unwritable, 'invalid_value');
         return;
     }
+    // LiteLLM would read a text as JSON, and not see the tags in it that it refuses.
+    if (r.variables.llmfleet_obeying && typeof body.metadata === 'string') {
+        refuse(r, 400, 'metadata must be an object.', 'metadata', 'invalid_value');
+        return;
+    }
     // vLLM takes 1 and "yes" as true. LiteLLM does not, and would count no tokens.
     if (![undefined, null, true, false].includes(body.stream)) {
         refuse(r, 400, 'stream must be true or false.', 'stream', 'invalid_value');
@@ -144,7 +149,8 @@ async function models(r) {
         }
     });
     if (!answered) {
-        r.return(asked.length ? 502 : 503);
+        const refusal = replies.find((reply) => reply.status >= 400 && reply.status < 500);
+        r.return(refusal ? refusal.status : asked.length ? 502 : 503);
         return;
     }
     r.headersOut['Content-Type'] = 'application/json';

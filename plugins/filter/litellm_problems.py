@@ -13,7 +13,9 @@ options:
     description:
       - The role's variables by name.
       - As C(gateways), how many there are.
-      - As C(requirements), whether the controller has the file of the version's packages.
+      - As C(requirements), the text of the file of the version's packages, empty where the controller has none.
+      - As C(workers), how many an instance has.
+      - As C(postgresql_max_connections), that of the role postgresql, 0 where the database is another.
     type: dict
     required: true
 """

@@ -155,10 +155,6 @@ def plan_page(hosts: Mapping[str, Mapping[str, Any]]) -> str:
     return environment.get_template("plan.html.j2").render(report.page(hosts)) + "\n"
 
 
-def tenant_problems(tenants: Any, models: Sequence[str] | None = None) -> list[str]:
-    return _tenants.tenant_problems(tenants, models)
-
-
 def tenants_table(report: Mapping[str, Any], width: int = 80) -> list[str]:
     return _tenants.table(report, int(width))
 
@@ -187,7 +183,7 @@ class FilterModule:
             "probes": _models.probes,
             "tenant_names": _tenants.names,
             "tenant_probe": _tenants.probe,
-            "tenant_problems": tenant_problems,
+            "tenant_problems": _tenants.inventory_problems,
             "tenant_secrets": _tenants.secret_names,
             "tenants_table": tenants_table,
             "tenants_with_keys": _tenants.with_keys,

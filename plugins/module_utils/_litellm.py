@@ -644,7 +644,8 @@ class Outcome:
 def apply(changes: Sequence[Change], send: Callable[[Change], None], workers: int = 4) -> list[Outcome]:
     """Make the calls, several at a time. What needs something that has failed is left, and all when LiteLLM is gone.
 
-    Once something has failed nothing is deleted: with a team would go the keys that were to move away from it first.
+    Once something has failed no team is deleted, for with it would go the keys that were to move away from it first.
+    Keys are: one that has leaked does not wait until all else is in order.
     """
     outcomes: list[Outcome] = []
     failed: set[str] = set()
@@ -654,12 +655,15 @@ def apply(changes: Sequence[Change], send: Callable[[Change], None], workers: in
         nonlocal gone
         if gone:
             return Outcome(change, gone)
-        # research/ci@0123abcd needs research/ci, which needs research.
-        needs = {change.name, change.name.partition("@")[0], change.name.partition("/")[0]} & failed
+        # research/ci@0123abcd needs research/ci, which needs research, but to be deleted.
+        needs = {change.name, change.name.partition("@")[0]}
+        if change.phase != REMOVE:
+            needs.add(change.name.partition("/")[0])
+        needs &= failed
         if needs:
             return Outcome(change, f"Left, for {min(needs)} has failed")
-        if failed and change.phase in (REMOVE, REMOVE_TEAMS):
-            return Outcome(change, "Left, for nothing is deleted once something has failed")
+        if failed and change.phase == REMOVE_TEAMS:
+            return Outcome(change, "Left, for no team is deleted once something has failed")
         try:
             send(change)
         except LiteLLMError as error:

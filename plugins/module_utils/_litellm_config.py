@@ -21,6 +21,7 @@ ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 MASTER_KEY = re.compile(r"sk-[A-Za-z0-9_-]{20,}")
 KEY = re.compile(r"[A-Za-z0-9._~+/=-]{20,}")
 FOLDER = re.compile(r"(/[A-Za-z0-9._-]+)+")
+PINNED = re.compile(r"^litellm *(?:\[[^\]]*\])? *== *([^\s;\\]+)", re.MULTILINE)
 MODES = {"completion": "chat", "embedding": "embedding"}
 MILLION = 1_000_000
 # What a client can bring about by itself, as by a key or a timeout in the body: no replica is put aside for that.
@@ -28,7 +29,9 @@ CLIENTS_ERRORS = ("Authentication", "BadRequest", "NotFound", "RateLimit", "Time
 NEVER = 10**9
 MAX_PORT = 65535
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
-TLS = ("require", "verify-ca", "verify-full")
+CA_FILE = "sslcert=<CA file on the gateway>"
+SPARE_CONNECTIONS = 10  # for backups, monitoring and people
+REQUEST_LOG_DAYS_MAX = 3650
 AT_LEAST = {  # and what each counts
     "litellm_workers": (0, "processes"),
     "litellm_database_connections": (1, "connection"),
@@ -146,10 +149,32 @@ def database_problems(url: str) -> Iterator[str]:
         yield "litellm_database_url lacks a user, host or database: give postgresql://user:password@host:5432/database."
     elif port == 0:
         yield "litellm_database_url has port 0: give PostgreSQL's, or none for 5432."
-    elif not is_local(url) and parse_qs(parts.query).get("sslmode", [""])[0] not in TLS:
+    else:
+        yield from _database_tls(url, host)
+
+
+def _database_tls(url: str, host: str) -> Iterator[str]:
+    """By what Prisma understands, which is not what libpq does."""
+    options = {name: values[-1] for name, values in parse_qs(urlsplit(url).query).items()}
+    mode = options.get("sslmode", "")
+    if mode in ("verify-ca", "verify-full"):
         yield (
-            f"litellm_database_url leads to {host} without TLS: add sslmode=require, "
-            "and sslcert=<file with its CA> with sslaccept=strict to have its certificate checked."
+            f"litellm_database_url has sslmode={mode}, which Prisma takes for prefer: "
+            f"write sslmode=require&sslaccept=strict&{CA_FILE}."
+        )
+    elif "sslrootcert" in options:
+        yield f"litellm_database_url has sslrootcert, which Prisma discards: write sslaccept=strict&{CA_FILE}."
+    elif is_local(url):
+        return
+    elif mode != "require":
+        yield (
+            f"litellm_database_url leads to {host} without TLS: add sslmode=require&sslaccept=strict, "
+            f"and {CA_FILE} where the gateway does not trust its CA."
+        )
+    elif options.get("sslaccept") != "strict":
+        yield (
+            f"litellm_database_url leads to {host}, whose certificate is not checked: add sslaccept=strict, "
+            f"and {CA_FILE} where the gateway does not trust its CA."
         )
 
 
@@ -196,6 +221,9 @@ def config(settings: Mapping[str, Any]) -> dict[str, Any]:
         "allow_requests_on_db_unavailable": settings["litellm_allow_requests_on_db_unavailable"],
         "proxy_batch_write_at": settings["litellm_batch_write_seconds"],
         "disable_prisma_schema_update": True,  # migrations are a step of their own
+        "maximum_spend_logs_retention_period": f"{settings['litellm_request_log_days']}d",
+        "maximum_spend_logs_retention_interval": "1h",  # else a day after each start
+        "reject_clientside_metadata_tags": True,  # each tag has its own rows for each day, for ever
     }
     if settings["alerting"]:
         general |= {"alerting": settings["alerting"], "alert_types": ["budget_alerts"]}
@@ -225,6 +253,8 @@ def config(settings: Mapping[str, Any]) -> dict[str, Any]:
             "turn_off_message_logging": True,
             # Clients choose `user`. One that PostgreSQL refuses, as \0, would keep all spending from being written.
             "disable_end_user_cost_tracking": True,
+            # Clients choose that as well, and each would be a tag.
+            "disable_add_user_agent_to_request_tags": True,
         },
         "general_settings": general,
     }
@@ -254,7 +284,8 @@ def problems(settings: Mapping[str, Any]) -> list[str]:
         *database_problems(settings["litellm_database_url"]),
         *_ports(settings["litellm_ports"]),
         *_numbers(settings),
-        *_redis(settings),
+        *redis_problems(settings["litellm_redis_url"]),
+        *_connections(settings),
         *_gateways(settings),
         *_alerts(settings),
         *_environment(settings["litellm_environment"]),
@@ -270,6 +301,15 @@ def _version(settings: Mapping[str, Any]) -> Iterator[str]:
             f"litellm_version is {version}, and litellm_requirements_file names no file that the controller has: "
             "give the file of that version's packages with their hashes, or leave both at their defaults."
         )
+        return
+    pinned = PINNED.search(settings["requirements"])
+    if not pinned:
+        yield (
+            f"litellm_version is {version}, and litellm_requirements_file pins no litellm: "
+            f"give the file of that version's packages, with litellm=={version} in it."
+        )
+    elif pinned[1] != version:
+        yield f"litellm_version is {version}, and litellm_requirements_file pins {pinned[1]}: make them the same."
 
 
 def _models(models: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -359,14 +399,57 @@ def _numbers(settings: Mapping[str, Any]) -> Iterator[str]:
     for name, (least, what) in AT_LEAST.items():
         if settings[name] < least:
             yield f"{name} is {settings[name]}: use at least {least} {what}."
+    if not 1 <= (days := settings["litellm_request_log_days"]) <= REQUEST_LOG_DAYS_MAX:
+        yield f"litellm_request_log_days is {days}: use 1 to {REQUEST_LOG_DAYS_MAX} days."
 
 
-def _redis(settings: Mapping[str, Any]) -> Iterator[str]:
-    url = settings["litellm_redis_url"]
-    if url and not re.fullmatch(r"(rediss?://|unix:///)[^\s\"'\\]+", url):
+def redis_problems(url: str) -> Iterator[str]:
+    """Never returns a part of the URL, for it may hold a password."""
+    if not url:
+        return
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        yield "litellm_redis_url is no URL: percent-encode what is special in its user and password."
+        return
+    if parts.scheme not in ("redis", "rediss", "unix"):
         yield "litellm_redis_url is no URL of a Redis: give redis://, rediss:// (with TLS) or unix:///."
-    elif url.startswith("redis://") and urlsplit(url).hostname not in LOCAL_HOSTS:
+    elif (
+        parts.netloc.count("@") > 1
+        or parts.fragment
+        or re.search(r"[\s\"'\\]", url)
+        or "@" in f"{parts.path}{parts.query}"
+    ):
+        yield (
+            "litellm_redis_url has a character that must be percent-encoded in a user or password: "
+            "use the filter urlencode, and replace / by %2F."
+        )
+    elif parts.scheme == "unix":
+        if host or not FOLDER.fullmatch(parts.path):
+            yield "litellm_redis_url lacks the path of a socket: give unix:///run/redis/redis.sock."
+    elif not host:
+        yield "litellm_redis_url lacks a host: give rediss://:password@host:6379."
+    elif port == 0:
+        yield "litellm_redis_url has port 0: give Redis's, or none for 6379."
+    elif not re.fullmatch(r"/?[0-9]*", parts.path):
+        yield "litellm_redis_url has a path that is no number of a database: give rediss://:password@host:6379/0."
+    elif parts.scheme == "redis" and host not in LOCAL_HOSTS:
         yield "litellm_redis_url leads to another host without TLS: give rediss://."
+
+
+def _connections(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Two instances have theirs, while one takes the place of the other."""
+    workers, each = settings["workers"], settings["litellm_database_connections"]
+    most = settings["postgresql_max_connections"]
+    needed = 2 * workers * each + SPARE_CONNECTIONS
+    if most and needed > most:
+        yield (
+            f"litellm_database_connections is {each}: two instances with {workers} workers each take "
+            f"{2 * workers * each}, and {SPARE_CONNECTIONS} are for backups and for you, but "
+            f"postgresql_max_connections is {most}: raise that to {needed}, "
+            "or lower litellm_workers or litellm_database_connections."
+        )
 
 
 def _gateways(settings: Mapping[str, Any]) -> Iterator[str]:

@@ -43,22 +43,41 @@ RESERVED = {
 SHOWN = 40
 
 
+def inventory_problems(
+    tenants: Any,
+    models: Sequence[str] | None = None,
+    prices: Mapping[str, Any] | None = None,
+    overlap: Any = 0,
+    nginx_keys: bool = False,
+) -> list[str]:
+    """Of serving_tenants with the variables that it hangs on. ``nginx_keys``: whether the inventory has any."""
+    problems = [*tenant_problems(tenants, models), *overlap_problems("serving_tenants_overlap", overlap)]
+    if prices is not None and isinstance(tenants, list):
+        problems += _unpriced(tenants, models, prices)
+    if nginx_keys and tenants:
+        problems.append(
+            "nginx_keys is set, and with serving_tenants nginx lets in the tenants' keys alone: "
+            "declare these clients as keys of a team (with key:), or take nginx_keys out."
+        )
+    return problems
+
+
 def tenant_problems(
     tenants: Any, models: Sequence[str] | None = None, *, variable: str = "serving_tenants", master_key: str = ""
 ) -> list[str]:
     """A sentence for each problem, with the place, the value unless it is secret, and the remedy."""
+    if tenants is None:
+        return [f"{variable} is empty (null): write [], or declare a team."]
     if not isinstance(tenants, list):
         return [f"{variable} is {_show(tenants)}: write a list of teams, or [] for none."]
     problems: list[str] = []
     keys: list[tuple[str, str, dict[str, Any]]] = []  # where, alias, entry
     for index, entry in enumerate(tenants):
-        where = f"{variable}[{index}]"
+        where = _place(f"{variable}[{index}]", entry, "team")
         if not isinstance(entry, Mapping):
             problems.append(f"{where} is {_show(entry)}: write a team with its fields, as team: research.")
             continue
         name = entry.get("team")
-        if isinstance(name, str):
-            where += f" ({_cut(name)})"
         problems += _unknown(where, entry, TEAM_FIELDS)
         problems += name_problems(f"{where}: team", name)
         problems += limit_problems(where, entry, models)
@@ -67,13 +86,11 @@ def tenant_problems(
             problems.append(f"{where}: keys is {_show(own)}: write a list of keys.")
             own = []
         for number, key in enumerate(own or ()):
-            place = f"{where}.keys[{number}]"
+            place = _place(f"{where}.keys[{number}]", key, "name")
             if not isinstance(key, Mapping):
                 # It may be a key's value.
                 problems.append(f"{place} is no key with its fields: write it as name: ci.")
                 continue
-            if isinstance(key.get("name"), str):
-                place += f" ({_cut(key['name'])})"
             problems += _unknown(place, key, KEY_FIELDS)
             problems += name_problems(f"{place}: name", key.get("name"))
             problems += limit_problems(place, key, models)
@@ -83,6 +100,11 @@ def tenant_problems(
     problems += _twice(variable, tenants)
     problems += _keys_twice(keys)
     return problems
+
+
+def _place(where: str, entry: Any, field: str) -> str:
+    name = entry.get(field) if isinstance(entry, Mapping) else None
+    return f"{where} ({_cut(name)})" if isinstance(name, str) else where
 
 
 def name_problems(where: str, name: Any) -> Iterator[str]:
@@ -236,6 +258,33 @@ def _against_team(where: str, key: Mapping[str, Any], team: Mapping[str, Any]) -
         for model in named:
             if model not in allowed:
                 yield f"{where}: models has {_show(model)}, which the team may not use: take it out, or add it there."
+
+
+def _unpriced(tenants: Sequence[Any], models: Sequence[str] | None, prices: Mapping[str, Any]) -> Iterator[str]:
+    """Budgets of which some model never spends anything. A team's covers those of its keys."""
+    for index, team in enumerate(tenants):
+        if not isinstance(team, Mapping) or team.get("state") == "absent":
+            continue
+        where, own = _place(f"serving_tenants[{index}]", team, "team"), team.get("keys")
+        entries = [(where, team)]
+        if team.get("max_budget") is None and isinstance(own, list):
+            places = (_place(f"{where}.keys[{number}]", key, "name") for number, key in enumerate(own))
+            entries = [pair for pair in zip(places, own, strict=True) if isinstance(pair[1], Mapping)]
+        for place, entry in entries:
+            if entry.get("max_budget") is None or entry.get("state") == "absent":
+                continue
+            allowed = [each["models"] for each in (team, entry) if isinstance(each.get("models"), list)]
+            free = [
+                model
+                for model in models or ()
+                if model not in prices and all(not named or model in named for named in allowed)
+            ]
+            if free:
+                verb, what = ("has", "it") if len(free) == 1 else ("have", "each")
+                yield (
+                    f"{place}: max_budget is {_show(entry['max_budget'])}, and {', '.join(free)} {verb} no price in "
+                    f"litellm_prices: give {what} one, or {{input: 0, output: 0}} if it is free."
+                )
 
 
 def _amount(value: Any) -> float | None:

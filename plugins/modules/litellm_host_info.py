@@ -83,10 +83,15 @@ taken_ports:
   type: dict
   sample: {"4000": python3 (pid 812)}
 environments:
-  description: The environments below O(root), each with whether it is whole, which its C(recipe.txt) says.
+  description: The role's environments below O(root), each with whether it is whole, which its C(recipe.txt) says.
   returned: always
   type: dict
   sample: {1.106.2-5f0c3a91: true}
+foreign:
+  description: Of O(root) and O(config_dir) those that hold what the role has not put there.
+  returned: always
+  type: list
+  elements: str
 migrated:
   description: What the database has been migrated to, as the role has written it down. Empty where it has not.
   returned: always
@@ -147,6 +152,7 @@ redis:
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +179,7 @@ from ansible_collections.llmfleet.serving.plugins.module_utils._litellm_host imp
     values,
 )
 
+ENVIRONMENT = re.compile(r"\d[^/]*-[0-9a-f]{8}")  # a version, and what it was made by
 REDIS_UNIT = Path("/etc/systemd/system/litellm-redis.service")
 
 
@@ -204,6 +211,16 @@ def instance(unit: Unit, folder: Path) -> dict[str, Any]:
         "environment": digest(folder / "env"),
         "venv": link(folder / "venv"),
     }
+
+
+def environments(root: Path) -> list[Path]:
+    found = (path for path in root.glob("*-*") if ENVIRONMENT.fullmatch(path.name))
+    return sorted(path for path in found if (path / "pyvenv.cfg").exists())
+
+
+def is_foreign(folder: Path, root: Path) -> bool:
+    """Whether somebody else has put something there: the role's first step is its C(.lock) in O(root)."""
+    return folder.is_dir() and any(folder.iterdir()) and not (root / ".lock").exists()
 
 
 def has_other_salt(folder: Path, salt_key: str) -> bool:
@@ -238,7 +255,8 @@ def main() -> None:
         missing_packages=missing_packages(module, asked["packages"]) if asked["packages"] else [],
         package_lists=has_package_lists(APT_LISTS),
         taken_ports=taken_ports(asked["ports"], is_litellm, PROC),
-        environments={path.name: (path / "recipe.txt").exists() for path in sorted(root.glob("*-*"))},
+        environments={path.name: (path / "recipe.txt").exists() for path in environments(root)},
+        foreign=[str(folder) for folder in (root, config_dir) if is_foreign(folder, root)],
         migrated=(content(config_dir / "migrated") or "").strip(),
         instances=[instance(unit, config_dir / str(port)) for port, unit in units.items()],
         serving=ours.port if ours else 0,

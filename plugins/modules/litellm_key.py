@@ -14,6 +14,8 @@ description:
   - With another O(key) than LiteLLM has, the key is rotated. The new one takes over its name and what it has spent;
     the old one is accepted for O(overlap) seconds more, obeys the same limits, and counts what it spends for itself.
   - LiteLLM does not know a key's value, only its SHA-256. A value that is lost is lost.
+  - Each of LiteLLM's workers keeps what it has read of a key for a minute, so a key that is blocked or deleted may be
+    accepted for so long by another one. C(playbooks/tenants.yml) takes it out of nginx as well, and that at once.
 extends_documentation_fragment:
   - llmfleet.serving.attributes
   - llmfleet.serving.attributes.state

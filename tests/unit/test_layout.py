@@ -253,8 +253,13 @@ def all_tasks() -> Iterator[tuple[Path, dict[str, Any], bool]]:
 
 
 def words(value: object) -> set[str]:
-    text = value if isinstance(value, str) else json.dumps(value)
-    text = re.sub(r"\b\w+ \| length\b", "", text)  # which says whether there is one
+    if isinstance(value, (dict, list)):
+        return set().union(*map(words, value.values() if isinstance(value, dict) else value))
+    text = str(value)
+    if expressions := re.search(r"\{[{%].*[%}]\}", text, re.DOTALL):
+        text = expressions[0]  # what is before the first and after the last is only said
+    text = re.sub(r"\b\w+ (\| length|is (not )?defined)\b", "", text)  # which says whether there is one
+    text = re.sub(r"\b__litellm_database\.place\b", "", text)  # its URL without the password
     text = re.sub(r"/\w+", "", text)  # the name of a file
     # Not those of a sentence in an expression, which only speaks of a secret.
     text = re.sub(r"'[^']*'", lambda quoted: "" if " " in quoted[0] else quoted[0], text)

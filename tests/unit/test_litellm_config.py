@@ -4,25 +4,30 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from ansible_collections.llmfleet.serving.plugins.module_utils import _litellm_config
 from packaging.version import Version
 
-ROLE = Path(__file__).parents[2] / "roles/litellm"
+ROLES = Path(__file__).parents[2] / "roles"
+ROLE = ROLES / "litellm"
 SECRET = "0123456789-0123456789"
 SOCKET = "postgresql://litellm@localhost/litellm?host=/run/postgresql"
-REMOTE = "postgresql://litellm:pass%2Fword@db.example.org:5432/litellm?sslmode=require"
+REMOTE = "postgresql://litellm:pass%2Fword@db.example.org:5432/litellm?sslmode=require&sslaccept=strict"
 
 
 def settings(**changes: Any) -> dict[str, Any]:
     return {
         "gateways": 1,
-        "requirements": True,
+        "requirements": "litellm==1.106.2 \\\n    --hash=sha256:00\nlitellm-enterprise==0.1.76\n",
+        "workers": 8,
+        "postgresql_max_connections": 170,
         "redis": False,
         "alerting": [],
         "litellm_models": [
@@ -52,6 +57,7 @@ def settings(**changes: Any) -> dict[str, Any]:
         "litellm_allowed_fails": 3,
         "litellm_cooldown_seconds": 30,
         "litellm_batch_write_seconds": 10,
+        "litellm_request_log_days": 90,
         "litellm_alert_slack_url": "",
         "litellm_alert_webhook_url": "",
         "litellm_config": {},
@@ -98,6 +104,19 @@ def test_replica_is_put_aside_for_its_own_failures_alone() -> None:
 
 def test_user_of_a_request_is_not_kept() -> None:
     assert config()["litellm_settings"]["disable_end_user_cost_tracking"] is True
+
+
+def test_rows_of_single_requests_do_not_grow_without_end() -> None:
+    """Nor wait for a day without a change: LiteLLM would look for old ones a day after its start."""
+    found = config(litellm_request_log_days=30)["general_settings"]
+    assert found["maximum_spend_logs_retention_period"] == "30d"
+    assert found["maximum_spend_logs_retention_interval"] == "1h"
+
+
+def test_clients_do_not_make_tags() -> None:
+    """Of each LiteLLM would keep sums by day, without end."""
+    assert config()["litellm_settings"]["disable_add_user_agent_to_request_tags"] is True
+    assert config()["general_settings"]["reject_clientside_metadata_tags"] is True
 
 
 def test_drained_server_gets_nothing() -> None:
@@ -196,8 +215,31 @@ def test_what_is_no_version() -> None:
 
 
 def test_another_version_needs_its_packages() -> None:
-    (problem,) = problems(litellm_version="1.109.1", requirements=False)
-    assert "litellm_requirements_file" in problem
+    (problem,) = problems(litellm_version="1.109.1", requirements="")
+    assert "litellm_requirements_file names no file" in problem
+
+
+@pytest.mark.parametrize(
+    ("requirements", "problem"),
+    [
+        ("litellm==1.106.2", ""),
+        ("fastapi==0.1\nlitellm[proxy]==1.106.2 ; python_version > '3' \\\n    --hash=sha256:00", ""),
+        ("litellm[proxy] == 1.106.2\\\n    --hash=sha256:00", ""),
+        ("litellm==1.106.1 \\\n", "litellm_requirements_file pins 1.106.1: make them the same."),
+        ("litellm==1.106.20", "pins 1.106.20"),
+        ("litellm-enterprise==1.106.2", "litellm_requirements_file pins no litellm: give"),
+        ("    # via litellm==1.106.2", "pins no litellm"),
+    ],
+)
+def test_requirements_are_those_of_the_version(requirements: str, problem: str) -> None:
+    found = problems(requirements=requirements)
+    assert len(found) == bool(problem)
+    assert problem in "".join(found)
+
+
+def test_requirements_of_the_role_are_those_of_its_version() -> None:
+    version = yaml.safe_load((ROLE / "defaults/main.yml").read_text())["litellm_version"]
+    assert problems(requirements=(ROLE / f"files/requirements/{version}.txt").read_text()) == []
 
 
 # --- the database -------------------------------------------------------------------------------------------
@@ -215,7 +257,25 @@ def test_databases_that_will_do(url: str) -> None:
         ("mysql://a:b@db/c", "mysql"),
         ("", "postgresql://"),
         ("postgresql://a:hunter2@db.example.org/c", "sslmode"),
-        ("postgresql://a:hunter2@db.example.org/c?sslmode=prefer", "sslmode"),
+        ("postgresql://a:hunter2@db.example.org/c?sslmode=prefer", "db.example.org without TLS"),
+        ("postgresql://a:hunter2@db.example.org/c?sslmode=require", "is not checked: add sslaccept=strict"),
+        (
+            "postgresql://a:hunter2@db.example.org/c?sslmode=require&sslaccept=accept_invalid_certs",
+            "is not checked: add sslaccept=strict",
+        ),
+        ("postgresql://a:hunter2@db.example.org/c?sslaccept=strict&sslmode=require&sslmode=disable", "without TLS"),
+        (
+            "postgresql://a:hunter2@db.example.org/c?sslmode=verify-ca",
+            "has sslmode=verify-ca, which Prisma takes for prefer",
+        ),
+        (
+            "postgresql://a:hunter2@db.example.org/c?sslmode=verify-full&sslrootcert=/ca.pem",
+            "has sslmode=verify-full, which Prisma takes for prefer: write sslmode=require&sslaccept=strict&sslcert=",
+        ),
+        (
+            "postgresql://a:hunter2@db.example.org/c?sslmode=require&sslaccept=strict&sslrootcert=/ca.pem",
+            "has sslrootcert, which Prisma discards",
+        ),
         ("postgresql://a:hunt@er2@db/c?sslmode=require", "percent-encoded"),
         ("postgresql://a:hunt er2@db/c?sslmode=require", "percent-encoded"),
         ("postgresql://a:hunt#er2@db/c?sslmode=require", "litellm_database_url"),
@@ -266,6 +326,46 @@ def test_what_is_backed_up_before_a_migration_is_the_database_of_the_role_postgr
     assert done.returncode == 0, done.stdout
 
 
+def test_connections_of_two_instances_fit_into_the_database() -> None:
+    """8 workers with 10 each, twice, and 10 more; of another database only its owner knows."""
+    assert problems(postgresql_max_connections=170) == []
+    assert problems(postgresql_max_connections=0) == []
+    (problem,) = problems(postgresql_max_connections=169)
+    assert problem.startswith("litellm_database_connections is 10: two instances with 8 workers each take 160, and 10 ")
+    assert "postgresql_max_connections is 169: raise that to 170, or lower litellm_workers or " in problem
+
+
+@pytest.mark.parametrize(
+    ("inventory", "url", "most"),
+    [
+        (
+            {},
+            SOCKET,
+            yaml.safe_load((ROLES / "postgresql/defaults/main.yml").read_text())["postgresql_max_connections"],
+        ),
+        ({"postgresql_max_connections": "30"}, SOCKET, 30),
+        ({"postgresql_max_connections": 30}, REMOTE, 0),
+        ({"postgresql_max_connections": 30, "litellm_database_url": SOCKET}, SOCKET, 0),
+    ],
+)
+def test_connections_count_where_the_database_is_the_role_postgresqls(
+    run_playbook: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    inventory: dict[str, Any],
+    url: str,
+    most: int,
+) -> None:
+    (tmp_path / "inventory/host_vars").mkdir(parents=True)
+    (tmp_path / "inventory/host_vars/host1.yml").write_text(json.dumps(inventory))
+    task = {
+        "ansible.builtin.assert": {"that": f"__litellm_other_settings.postgresql_max_connections == {most}"},
+        "vars": {"litellm_database_url": url},
+    }
+    files = [str(ROLE / name / "main.yml") for name in ("defaults", "vars")]
+    done = run_playbook([{"hosts": "all", "gather_facts": False, "vars_files": files, "tasks": [task]}])
+    assert done.returncode == 0, done.stdout
+
+
 def test_which_database_is_local() -> None:
     assert _litellm_config.is_local(SOCKET)
     assert _litellm_config.is_local("postgresql://a:b@[::1]:5432/c")
@@ -280,6 +380,8 @@ def test_nothing_is_wrong() -> None:
     assert problems(gateways=2, litellm_database_url=REMOTE, litellm_redis_url="rediss://:x@redis:6379") == []
     assert problems(litellm_prices={"embed": {"input": 0.02}}) == []
     assert problems(litellm_redis_url="unix:///run/redis.sock", litellm_fallbacks={"qwen": ["embed"]}) == []
+    for url in ("redis://localhost", "redis://[::1]:6380/1", "rediss://me:p%40ss@redis:6379/0?ssl_cert_reqs=none"):
+        assert problems(litellm_redis_url=url) == []
 
 
 @pytest.mark.parametrize(
@@ -310,8 +412,8 @@ def test_nothing_is_wrong() -> None:
         ({"litellm_ports": [80, 4001]}, ["80"]),
         ({"litellm_workers": -1}, ["litellm_workers", "-1"]),
         ({"litellm_request_timeout": 0}, ["litellm_request_timeout"]),
-        ({"litellm_redis_url": "redis"}, ["litellm_redis_url"]),
-        ({"litellm_redis_url": "redis://redis.example.org:6379"}, ["rediss://"]),
+        ({"litellm_request_log_days": 0}, ["litellm_request_log_days is 0: use 1 to 3650"]),
+        ({"litellm_request_log_days": 3651}, ["litellm_request_log_days is 3651"]),
         ({"litellm_alert_slack_url": "hooks.example.org"}, ["litellm_alert_slack_url"]),
         ({"litellm_environment": {"A-B": 1}}, ["'A-B'"]),
         ({"litellm_environment": {"DATABASE_URL": "x"}}, ["DATABASE_URL"]),
@@ -323,6 +425,36 @@ def test_nothing_is_wrong() -> None:
 def test_something_is_wrong(changes: dict[str, Any], words: list[str]) -> None:
     (problem,) = problems(**changes)
     assert all(word in problem for word in words)
+    assert problem.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("url", "word"),
+    [
+        ("redis", "no URL of a Redis"),
+        ("hunter2:6379", "no URL of a Redis"),
+        ("http://:hunter2@redis:6379", "no URL of a Redis"),
+        ("rediss://:hunter2@redis:99999", "no URL: percent-encode"),
+        ("rediss://:hunter2@redis:port", "no URL: percent-encode"),
+        ("rediss://:hunt#er2@redis:6379", "no URL: percent-encode"),
+        ("rediss://:123#hunter2@redis:6379", "percent-encoded"),
+        ("rediss://:hunt@er2@redis:6379", "percent-encoded"),
+        ("rediss://:hunt er2@redis:6379", "percent-encoded"),
+        ("rediss://me:123/hunter2@redis:6379", "percent-encoded"),
+        ("rediss://me:123?hunter2@redis:6379", "percent-encoded"),
+        ("rediss://:hunter2@:6379", "lacks a host"),
+        ("rediss://:hunter2@redis:0", "port 0"),
+        ("rediss://:hunter2@redis:6379/first", "no number of a database"),
+        ("redis://:hunter2@redis.example.org:6379", "without TLS: give rediss://"),
+        ("unix://run/redis.sock", "the path of a socket"),
+        ("unix:///", "the path of a socket"),
+    ],
+)
+def test_redis_that_will_not_do(url: str, word: str) -> None:
+    (problem,) = problems(litellm_redis_url=url)
+    assert problem.startswith("litellm_redis_url ")
+    assert word in problem
+    assert "hunt" not in problem
     assert problem.endswith(".")
 
 

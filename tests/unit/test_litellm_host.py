@@ -89,7 +89,7 @@ class Host:
         folder.mkdir()
         (folder / "config.yaml").write_text("model_list: []\n")
         (folder / "env").write_text(f'# managed\nLITELLM_SALT_KEY="{salt}"\n')
-        (folder / "venv").symlink_to(self.root / "1.0-abc")
+        (folder / "venv").symlink_to(self.root / "1.0-0123abcd")
 
     def run(self, module: str, asked: dict[str, Any], **options: Any) -> dict[str, Any]:
         environment = {"PATH": f"{self.bin}:/bin:/usr/bin"}
@@ -133,10 +133,13 @@ def test_bare_host(host: Host) -> None:
 def test_the_enabled_instance_serves(host: Host) -> None:
     host.files(4001)
     host.unit(4001)
-    (host.root / "1.0-abc").mkdir()
-    (host.root / "1.0-abc/recipe.txt").touch()
-    (host.root / "1.1-cut").mkdir()
-    (host.root / "python").mkdir()
+    (host.root / "1.0-0123abcd").mkdir()
+    (host.root / "1.0-0123abcd/recipe.txt").touch()
+    (host.root / "1.1-4567abcd").mkdir()
+    for name in ("1.0-0123abcd", "1.1-4567abcd"):
+        (host.root / name / "pyvenv.cfg").touch()
+    for name in ("python", "postgres-data", "1.2-89abcdef"):  # the last is no environment
+        (host.root / name).mkdir()
     (host.config / "migrated").write_text("to this\n")
     found = host.look()
     assert (found["serving"], found["unfinished"]) == (4001, False)
@@ -147,10 +150,19 @@ def test_the_enabled_instance_serves(host: Host) -> None:
         "enabled": True,
         "config": hashlib.sha256(b"model_list: []\n").hexdigest(),
         "environment": hashlib.sha256(f'# managed\nLITELLM_SALT_KEY="{SALT}"\n'.encode()).hexdigest(),
-        "venv": str(host.root / "1.0-abc"),
+        "venv": str(host.root / "1.0-0123abcd"),
     }
-    assert found["environments"] == {"1.0-abc": True, "1.1-cut": False}
+    assert found["environments"] == {"1.0-0123abcd": True, "1.1-4567abcd": False}
     assert found["migrated"] == "to this"
+
+
+def test_what_somebody_else_has_put_there_is_told(host: Host) -> None:
+    assert host.look()["foreign"] == []
+    (host.root / "postgres-data").mkdir()
+    (host.config / "config.yaml").touch()
+    assert host.look()["foreign"] == [str(host.root), str(host.config)]
+    (host.root / ".lock").touch()
+    assert host.look()["foreign"] == []
 
 
 def test_no_secret_is_said(host: Host) -> None:

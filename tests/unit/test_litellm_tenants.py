@@ -441,13 +441,29 @@ def test_team_that_fails_keeps_its_keys_back(run: Callable[..., dict[str, Any]],
     assert server.keys == {}
 
 
-def test_nothing_is_deleted_once_something_has_failed(run: Callable[..., dict[str, Any]], server: LiteLLM) -> None:
+def test_key_that_has_leaked_goes_whatever_else_has_failed(run: Callable[..., dict[str, Any]], server: LiteLLM) -> None:
+    server.apply(tenants(CI))
+    server.fails = lambda path, body: (500, "no") if path == "/team/new" else None
+    answer = run([*tenants({"name": "ci", "key": value(3)}), {"team": "other", "keys": []}], overlap=0)
+    assert "POST /team/new ended with status 500" in answer["msg"]
+    assert server.aliases() == {"research/ci": litellm.token_of(value(3))}
+    assert [key["sha256"] for key in answer["accepted"]] == [litellm.token_of(value(3))]
+
+
+def test_key_is_deleted_though_its_team_cannot_be_changed(run: Callable[..., dict[str, Any]], server: LiteLLM) -> None:
+    server.apply(tenants(CI))
+    server.fails = lambda path, body: (500, "no") if path == "/team/update" else None
+    assert run([{"team": "research", "max_budget": 7, "keys": [{**CI, "state": "absent"}]}])["failed"]
+    assert server.keys == {}
+
+
+def test_no_team_is_deleted_once_something_has_failed(run: Callable[..., dict[str, Any]], server: LiteLLM) -> None:
     """Here a key moves to a team that cannot be made, and the team that it is still in is to go."""
     server.apply([{"team": "old", "keys": [CI, {"name": "b", "key": value(2)}]}])
     moved = [{"team": "old", "state": "absent"}, {"team": "new", "keys": [CI]}]
     server.fails = lambda path, body: (500, "no") if path == "/team/new" else None
     answer = run(moved)
-    assert "Left, for nothing is deleted once something has failed (team old: delete)" in answer["msg"]
+    assert "Left, for no team is deleted once something has failed (team old: delete)" in answer["msg"]
     assert set(server.keys) == {litellm.token_of(value(1)), litellm.token_of(value(2))}
     server.fails = lambda path, body: None
     assert "failed" not in run(moved)

@@ -5,15 +5,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from ansible_collections.llmfleet.serving.plugins.filter import serving
 from ansible_collections.llmfleet.serving.plugins.module_utils import _tenants
 from hypothesis import given
 from hypothesis import strategies as st
 
+ROOT = Path(__file__).parents[2]
+ROLE = ROOT / "roles/litellm"
+RunPlaybook = Callable[..., subprocess.CompletedProcess[str]]
 KEY = "sk-0123456789-abcdefghij"
 OTHER = "sk-0123456789-ABCDEFGHIJ"
 NOW = datetime(2026, 11, 21, 20, 0, tzinfo=timezone.utc)
@@ -25,6 +32,12 @@ def team(**fields: Any) -> list[dict[str, Any]]:
 
 def key(**fields: Any) -> list[dict[str, Any]]:
     return team(keys=[{"name": "ci", "key": KEY, **fields}])
+
+
+def declare(folder: Path, variables: dict[str, Any]) -> None:
+    """In the inventory of run_playbook's first host."""
+    (folder / "inventory/host_vars").mkdir(parents=True)
+    (folder / "inventory/host_vars/host1.yml").write_text(json.dumps(variables))
 
 
 def test_what_is_right_has_no_problems() -> None:
@@ -47,14 +60,15 @@ def test_what_is_right_has_no_problems() -> None:
         {"team": "sales.eu"},
         {"team": "old", "state": "absent"},
     ]
-    assert serving.tenant_problems(tenants, ["qwen", "tiny"]) == []
-    assert serving.tenant_problems([]) == []
+    assert _tenants.inventory_problems(tenants, ["qwen", "tiny"]) == []
+    assert _tenants.inventory_problems([]) == []
 
 
 @pytest.mark.parametrize(
     ("tenants", "problem"),
     [
-        (None, "serving_tenants is None: write a list"),
+        (None, "serving_tenants is empty (null): write [], or declare a team."),
+        ("research", "serving_tenants is 'research': write a list"),
         ({"research": {}}, "serving_tenants is a dictionary"),
         (["research"], "serving_tenants[0] is 'research'"),
         ([{}], "serving_tenants[0]: team is not set"),
@@ -119,10 +133,128 @@ def test_what_is_right_has_no_problems() -> None:
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
 def test_problems_name_the_place_and_the_remedy(tenants: Any, problem: str) -> None:
-    found = serving.tenant_problems(tenants, ["qwen", "tiny"])
+    found = _tenants.inventory_problems(tenants, ["qwen", "tiny"])
     assert any(problem in each for each in found), found
     for secret in (KEY, OTHER, "12345678901234567890", "0123456789-abc"):
         assert secret not in str(found)
+
+
+# --- with the variables that they hang on ---------------------------------------------------------------------
+
+PRICED = {"input": 1, "output": 2}
+
+
+@pytest.mark.parametrize(
+    ("tenants", "prices", "problem"),
+    [
+        (team(max_budget=50), {"qwen": PRICED, "tiny": PRICED}, ""),
+        (team(max_budget=50), {"qwen": PRICED, "tiny": {"input": 0, "output": 0}}, ""),
+        (team(max_budget=50, models=["qwen"]), {"qwen": PRICED}, ""),
+        (team(), {}, ""),
+        (team(max_budget=50, state="absent"), {}, ""),
+        (team(keys=[{"name": "ci", "max_budget": 5, "state": "absent"}]), {}, ""),
+        (team(models=["qwen"], keys=[{"name": "ci", "max_budget": 5}]), {"qwen": PRICED}, ""),
+        (
+            team(max_budget=50),
+            {"tiny": PRICED},
+            "serving_tenants[0] (research): max_budget is 50, and qwen has no price in litellm_prices: "
+            "give it one, or {input: 0, output: 0} if it is free.",
+        ),
+        (
+            team(max_budget=50, keys=[{"name": "ci", "max_budget": 5}]),
+            {},
+            "serving_tenants[0] (research): max_budget is 50, and qwen, tiny have no price in litellm_prices: "
+            "give each one, or {input: 0, output: 0} if it is free.",
+        ),
+        (
+            team(keys=[{"name": "a"}, {"name": "ci", "max_budget": 5, "models": ["tiny"]}]),
+            {"qwen": PRICED},
+            "serving_tenants[0] (research).keys[1] (ci): max_budget is 5, and tiny has no price in litellm_prices: "
+            "give it one, or {input: 0, output: 0} if it is free.",
+        ),
+    ],
+)
+def test_budgets_are_over_models_with_prices(
+    tenants: list[dict[str, Any]], prices: dict[str, Any], problem: str
+) -> None:
+    assert _tenants.inventory_problems(tenants, ["qwen", "tiny"], prices) == ([problem] if problem else [])
+
+
+def test_overlap_is_checked_under_its_own_name() -> None:
+    assert _tenants.inventory_problems(team(), [], {}, "86400") == []
+    (problem,) = _tenants.inventory_problems(team(), [], {}, -1)
+    assert problem.startswith("serving_tenants_overlap is -1: use 0 to ")
+
+
+CHECK = [{"ansible.builtin.include_tasks": str(ROLE / "tasks/tenants_preflight.yml")}]
+FILES = [str(ROLE.parent / name) for name in ("litellm/defaults/main.yml", "litellm/vars/main.yml")]
+LOCKED_OUT = (
+    "nginx_keys is set, and with serving_tenants nginx lets in the tenants' keys alone: declare these clients as"
+)
+WRONG = {
+    "serving_tenants": [{"team": "research", "max_budget": 5}],
+    "serving_tenants_overlap": -1,
+    "litellm_models": [{"model": "qwen", "servers": ["h:1"]}],
+}
+
+
+@pytest.mark.parametrize(
+    ("inventory", "says"),
+    [
+        ({"serving_tenants": team()}, []),
+        ({"nginx_keys": [{"name": "a", "key": KEY}]}, []),
+        ({"serving_tenants": [], "nginx_keys": [{"name": "a", "key": KEY}]}, []),
+        ({"serving_tenants": team(), "nginx_keys": [{"name": "a", "key": KEY}]}, [LOCKED_OUT]),
+        ({"serving_tenants": None}, ["serving_tenants is empty (null): write [], or declare a team."]),
+        (WRONG, ["serving_tenants_overlap is -1: use", "(research): max_budget is 5, and qwen has no price"]),
+    ],
+)
+def test_tenants_are_checked_with_what_the_inventory_says(
+    run_playbook: RunPlaybook, tmp_path: Path, inventory: dict[str, Any], says: list[str]
+) -> None:
+    """The role nginx has nginx_keys by default, and with tenants they are theirs: those are not meant."""
+    declare(tmp_path, inventory)
+    own = {name: inventory[name] for name in ("litellm_models",) if name in inventory}
+    theirs = {"nginx_keys": "{{ litellm_keys }}"} if "nginx_keys" not in inventory else {}
+    play = {
+        "hosts": "all",
+        "gather_facts": False,
+        "vars_files": FILES,
+        "vars": theirs,
+        "tasks": [{**CHECK[0], "vars": own}],
+    }
+    done = run_playbook([play])
+    assert (done.returncode == 0) == (not says), done.stdout
+    for sentence in says:
+        assert sentence in done.stdout
+    assert KEY not in done.stdout
+
+
+def test_tenants_are_checked_before_anything_and_before_they_are_applied() -> None:
+    before = yaml.safe_load((ROOT / "playbooks/tasks/litellm_preflight.yml").read_text())
+    assert "tenants_preflight" in [task["ansible.builtin.include_role"].get("tasks_from") for task in before]
+    first = yaml.safe_load((ROLE / "tasks/tenants.yml").read_text())[0]
+    assert first["ansible.builtin.import_tasks"] == "tenants_preflight.yml"
+
+
+def test_tenants_that_are_all_commented_out_are_said_to_be(run_playbook: RunPlaybook, tmp_path: Path) -> None:
+    declare(tmp_path, {"serving_tenants": None})
+    (tmp_path / "inventory/groups").write_text("[engines]\nhost1\n[gateways]\nhost1\n")
+    done = run_playbook("- ansible.builtin.import_playbook: llmfleet.serving.instances\n")
+    assert done.returncode == 2
+    assert "serving_tenants is empty (null): write [], or declare a team." in done.stdout
+    assert "Ask the inventory what runs where" not in done.stdout
+
+
+@pytest.mark.parametrize(("own", "used"), [("", KEY), (OTHER, OTHER)])
+def test_verification_takes_a_tenants_key_unless_the_inventory_has_one(
+    run_playbook: RunPlaybook, tmp_path: Path, own: str, used: str
+) -> None:
+    declare(tmp_path, {"serving_tenants": key(), "serving_backends": [], **({"nginx_verify_key": own} if own else {})})
+    choose = yaml.safe_load((ROOT / "playbooks/verify.yml").read_text())[1]["tasks"][0]
+    tasks = [choose, {"ansible.builtin.assert": {"that": f"nginx_verify_key == '{used}'"}}]
+    done = run_playbook([{"hosts": "all", "gather_facts": False, "tasks": tasks}])
+    assert done.returncode == 0, done.stdout
 
 
 anything = st.recursive(
@@ -137,7 +269,7 @@ fields = st.sampled_from(
 
 @given(anything | st.lists(st.dictionaries(fields, anything | st.lists(st.dictionaries(fields, anything)))))
 def test_anything_at_all_ends_in_sentences(tenants: Any) -> None:
-    for problem in serving.tenant_problems(tenants, ["qwen"]):
+    for problem in _tenants.inventory_problems(tenants, ["qwen"], {}):
         assert problem.startswith("serving_tenants")
         assert problem.isascii()
         assert problem.isprintable()

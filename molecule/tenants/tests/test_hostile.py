@@ -206,6 +206,7 @@ VALUES: dict[str, list[Any]] = {
         [1],
         {"\x00": "\x00"},
         {"tags": ["x", 5]},
+        json.dumps({"tags": ["x"]}),
         {"model_info": {"input_cost_per_token": 0}},
         {"user_api_key_alias": "apps/chat", "user_api_key_team_id": "apps", "user_api_key_spend": -5},
         {"user_api_key": "x", "user_api_key_hash": "x", "spend_logs_metadata": {"x": "y" * 9999}},

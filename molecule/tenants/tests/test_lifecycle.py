@@ -20,7 +20,7 @@ from service import ask, key, serving
 from testinfra.host import Host
 
 NGINX_SITE = "/etc/nginx/sites-available/llmfleet.conf"
-PRICES = {"tiny": {"input": 2, "output": 4}}
+PRICES = {"tiny": {"input": 2, "output": 4}, "second": {"input": 10, "output": 20}}
 
 
 SAMPLER = "while sleep 0.1; do cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' ' >>/root/arguments; done"
@@ -195,9 +195,10 @@ def test_runs_that_are_cut_short_are_mended_by_the_next(gateway: Host, chat: Ope
     support.wait_until(lambda: running(gateway) == {serving(gateway)}, 180)
 
 
-def test_drained_model_gets_nothing_and_the_keys_stay(api: OpenAI) -> None:
+def test_drained_model_gets_nothing_and_the_keys_stay(gateway: Host, api: OpenAI) -> None:
     drained = {"drain_host": "eng", "drain_model": "second"}
     support.apply("drain", variables=drained)
+    assert running(gateway) == {serving(gateway)}, "it has not waited for the instance that knew nothing of it"
     assert (ask(api, key("apps", "chat"), "second"), ask(api, key("apps", "chat"))) == (503, 200)
     support.apply("drain", variables={**drained, "drain_undo": True})
     assert ask(api, key("apps", "chat"), "second") == 200

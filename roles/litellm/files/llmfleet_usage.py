@@ -1,14 +1,16 @@
-"""Has LiteLLM charge a stream of chat or text that its client cuts by what vLLM has counted.
+"""Has LiteLLM charge a stream that its client cuts by what vLLM has counted, and write nothing of what is refused.
 
 LiteLLM 1.106.2 would count the text of a chat with the tokenizer of another model, and charge nothing for a text
-completion.
+completion. Of a request that is refused it would write a row, as it does from 1.105 on: free, and without end.
 """
 
 from litellm.integrations.custom_logger import CustomLogger
 from litellm.llms.openai.completion import handler
 from litellm.proxy import common_request_processing
+from litellm.proxy.hooks.proxy_track_cost_callback import _ProxyDBLogger
 
 charge_cut_stream = common_request_processing._bill_partial_streamed_spend_on_disconnect
+write_failed = getattr(_ProxyDBLogger, "_write_failure_spend_rows", None)
 
 
 class ContinuousUsage(CustomLogger):
@@ -34,6 +36,12 @@ async def charge_cut_stream_of_any_kind(request_data, response):
     return await charge_cut_stream(request_data, stream)
 
 
+async def write_failed_that_cost(self, *, spend_rows, **others):
+    await write_failed(self, spend_rows=[(cost, row) for cost, row in spend_rows if cost > 0], **others)
+
+
 continuous_usage = ContinuousUsage()
+if write_failed:
+    _ProxyDBLogger._write_failure_spend_rows = write_failed_that_cost
 handler.CustomStreamWrapper = TextStream
 common_request_processing._bill_partial_streamed_spend_on_disconnect = charge_cut_stream_of_any_kind

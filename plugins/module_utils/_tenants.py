@@ -27,6 +27,7 @@ LIMITS = {"rpm_limit": 10**7, "tpm_limit": 10**11, "max_parallel_requests": 10**
 BUDGET_MAX = 10**9
 METADATA_MAX = 8192
 OVERLAP_MAX = 366 * 86400
+SWITCH = {**dict.fromkeys(("true", "yes", "on", "1"), True), **dict.fromkeys(("false", "no", "off", "0"), False)}
 LIMIT_FIELDS = ("models", "max_budget", "budget_duration", *LIMITS, "metadata", "state")
 TEAM_FIELDS = ("team", "keys", *LIMIT_FIELDS)
 KEY_FIELDS = ("name", "key", *LIMIT_FIELDS)
@@ -48,10 +49,20 @@ def inventory_problems(
     models: Sequence[str] | None = None,
     prices: Mapping[str, Any] | None = None,
     overlap: Any = 0,
+    *,
     nginx_keys: bool = False,
+    prune: Any = False,
 ) -> list[str]:
     """Of serving_tenants with the variables that it hangs on. ``nginx_keys``: whether the inventory has any."""
     problems = [*tenant_problems(tenants, models), *overlap_problems("serving_tenants_overlap", overlap)]
+    wanted = SWITCH.get(str(prune).lower())
+    if wanted is None:
+        problems.append(f"serving_tenants_prune is {_show(prune)}: write true or false.")
+    elif wanted and tenants == []:
+        problems.append(
+            "serving_tenants_prune is true and serving_tenants is empty, which would delete every team: "
+            "declare one at least. To serve without tenants, run site.yml or gateway.yml."
+        )
     if prices is not None and isinstance(tenants, list):
         problems += _unpriced(tenants, models, prices)
     if nginx_keys and tenants:
@@ -510,6 +521,8 @@ def _ago(when: datetime | None, now: datetime) -> str:
 
 
 def _money(value: float) -> str:
+    if 0 < value < 0.005:
+        return "<0.01"
     if abs(value) < 1000:
         return f"{value:.2f}".rstrip("0").rstrip(".") or "0"
     return f"{value:.0f}" if abs(value) < 100_000 else _count(value)

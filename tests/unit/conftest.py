@@ -234,7 +234,7 @@ def run_playbook(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[st
             env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             check=False,
         )
 

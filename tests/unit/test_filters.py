@@ -197,11 +197,13 @@ def test_filter_has_documentation_with_its_own_parameters(name: str) -> None:
     doc = yaml.safe_load((ROOT / f"plugins/filter/{name}.yml").read_text())
     assert set(doc) == {"DOCUMENTATION", "EXAMPLES", "RETURN"}
     function = serving.FilterModule().filters()[name]
-    first, *others = function.__code__.co_varnames[: function.__code__.co_argcount]
+    code = function.__code__
+    first, *others = code.co_varnames[: code.co_argcount]
+    by_name = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
     assert first
     documentation = doc["DOCUMENTATION"]
     assert documentation["name"] == name
-    assert list(documentation["options"]) == ["_input", *others]
+    assert list(documentation["options"]) == ["_input", *others, *by_name]
     assert documentation.get("positional", "_input") == ", ".join(["_input", *others])
     assert f"llmfleet.serving.{name}" in doc["EXAMPLES"]
     assert yaml.safe_load(doc["EXAMPLES"])

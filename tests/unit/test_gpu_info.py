@@ -123,7 +123,7 @@ def look_at(tmp_path: Path, root: Path, no_library: Path) -> Look:
             },
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             check=False,
         )
         assert (done.returncode, done.stderr) == (0, "")

@@ -230,6 +230,30 @@ def test_tenants_are_checked_with_what_the_inventory_says(
     assert KEY not in done.stdout
 
 
+@pytest.mark.parametrize("prune", [True, "true", "YES", 1, False, "no", 0])
+def test_prune_is_a_switch(prune: Any) -> None:
+    assert _tenants.inventory_problems(team(), prune=prune) == []
+
+
+def test_prune_that_is_none_or_deletes_all_is_refused() -> None:
+    assert _tenants.inventory_problems(team(), prune="maybe") == [
+        "serving_tenants_prune is 'maybe': write true or false."
+    ]
+    (problem,) = _tenants.inventory_problems([], prune="true")
+    assert problem.startswith("serving_tenants_prune is true and serving_tenants is empty, which would delete every")
+    assert _tenants.inventory_problems([]) == []
+
+
+def test_a_little_is_not_nothing() -> None:
+    assert [_tenants._money(value) for value in (0, 0.000001, 0.0049, 0.006, 0.27)] == [
+        "0",
+        "<0.01",
+        "<0.01",
+        "0.01",
+        "0.27",
+    ]
+
+
 def test_tenants_are_checked_before_anything_and_before_they_are_applied() -> None:
     before = yaml.safe_load((ROOT / "playbooks/tasks/litellm_preflight.yml").read_text())
     assert "tenants_preflight" in [task["ansible.builtin.include_role"].get("tasks_from") for task in before]

@@ -28,5 +28,5 @@ if [ ! -x .venv/bin/python ]; then
     fi
 fi
 echo "Installing Python packages into .venv"
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement "$1"
+.venv/bin/python -m pip install -qq --disable-pip-version-check --require-hashes --requirement "$1"
 echo "install            passed  $SECONDS s"

@@ -129,6 +129,11 @@ def database_url(url: str, connections: int) -> str:
     return f"{url}{'&' if '?' in url else '?'}connection_limit={connections}"
 
 
+def database(url: str, connections: int) -> dict[str, str]:
+    """What LiteLLM is given for C(url), and which database that is."""
+    return {"url": database_url(url, connections), "place": database_place(url)}
+
+
 def database_problems(url: str) -> Iterator[str]:
     """Never returns a part of the URL but its scheme, for it may hold a password."""
     try:

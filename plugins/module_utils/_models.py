@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -111,6 +111,23 @@ def instances(
             }
         )
     return found
+
+
+def backends(engines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What nginx_backends takes, from the ``vllm_instances`` of all engines: an entry a model, with its replicas."""
+    engines = list(engines)
+    if unknown := [str(engine.get("inventory_hostname")) for engine in engines if "vllm_instances" not in engine]:
+        raise ValueError(
+            f"A gateway has to know what runs on {', '.join(unknown)}: a run with --limit must include all engines."
+        )
+    found: dict[str, dict[str, Any]] = {}
+    for instance in (each for engine in engines for each in engine["vllm_instances"]):
+        host = f"[{instance['host']}]" if ":" in instance["host"] else instance["host"]
+        entry = found.setdefault(
+            instance["model"], {"model": instance["model"], "servers": [], "kind": instance["kind"]}
+        )
+        entry["servers"].append(f"{host}:{instance['port']}")
+    return list(found.values())
 
 
 def endpoints(found: Sequence[Mapping[str, Any]], clients: Sequence[str]) -> list[dict[str, Any]]:

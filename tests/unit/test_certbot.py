@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 ROOT = Path(__file__).parents[2]
 PLUGINS = "ansible_collections.llmfleet.serving.plugins"
 certbot = importlib.import_module(f"{PLUGINS}.module_utils._certbot")
-certbot_problems = importlib.import_module(f"{PLUGINS}.filter.certbot_problems").certbot_problems
+certbot_problems = importlib.import_module(f"{PLUGINS}.module_utils._certbot_problems")
 
 SERVER = "https://acme.example.test:14000/dir"
 NAMES = ["llm.example.test", "api.example.test"]
@@ -60,29 +60,31 @@ def make_certificate(folder: Path, left: float, lifetime: float = 90, names: lis
 # --- the variables ------------------------------------------------------------------------------------------
 
 
+def settings(**changes: Any) -> dict[str, Any]:
+    return {
+        "site_names": NAMES,
+        "http_port": 80,
+        "ca_content": "",
+        "certbot_names": NAMES,
+        "certbot_email": "admin@example.test",
+        "certbot_server": "https://acme-v02.api.letsencrypt.org/directory",
+        "certbot_staging": False,
+        "certbot_eab_kid": "",
+        "certbot_eab_hmac_key": "",
+        "certbot_ca_bundle": "",
+        "certbot_challenge": "http-01",
+        "certbot_webroot": "/var/lib/llmfleet/acme",
+        "certbot_dns_plugin": "",
+        "certbot_dns_credentials": {},
+        "certbot_dns_propagation_seconds": 0,
+        "certbot_deploy_hook_command": "true",
+        "certbot_expiry_warning_days": 14,
+        **changes,
+    }
+
+
 def problems(**changes: Any) -> list[str]:
-    return certbot_problems(
-        {
-            "site_names": NAMES,
-            "http_port": 80,
-            "ca_content": "",
-            "certbot_names": NAMES,
-            "certbot_email": "admin@example.test",
-            "certbot_server": "https://acme-v02.api.letsencrypt.org/directory",
-            "certbot_staging": False,
-            "certbot_eab_kid": "",
-            "certbot_eab_hmac_key": "",
-            "certbot_ca_bundle": "",
-            "certbot_challenge": "http-01",
-            "certbot_webroot": "/var/lib/llmfleet/acme",
-            "certbot_dns_plugin": "",
-            "certbot_dns_credentials": {},
-            "certbot_dns_propagation_seconds": 0,
-            "certbot_deploy_hook_command": "true",
-            "certbot_expiry_warning_days": 14,
-            **changes,
-        }
-    )
+    return certbot_problems.problems(settings(**changes))
 
 
 def dns(plugin: str, **credentials: Any) -> dict[str, Any]:

@@ -1,19 +1,24 @@
 # Copyright: llmfleet developers
 # GNU General Public License v3.0+ (see LICENSE)
-"""The filters: what they add to module_utils/_models, and that Ansible finds and documents each."""
+"""The filters: what they read on the controller, and that Ansible finds and documents each."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from ansible.errors import AnsibleFilterError
 from ansible_collections.llmfleet.serving.plugins.filter import serving
+from ansible_collections.llmfleet.serving.plugins.module_utils import _controller, _inventory, _models
 from hypothesis import given
 from hypothesis import strategies as st
+from test_certbot import settings as certbot_settings
+from test_litellm_config import settings as litellm_settings
+from test_nginx_problems import settings as nginx_settings
 
 ROOT = Path(__file__).parents[2]
 ROLES = sorted(path.name for path in (ROOT / "roles").iterdir())
@@ -24,10 +29,10 @@ ROLES = sorted(path.name for path in (ROOT / "roles").iterdir())
 
 def test_models_to_be_copied_are_looked_for_on_the_controller(tmp_path: Path) -> None:
     model = {"name": "tiny", "source": str(tmp_path), "copy": True}
-    (found,) = serving.model_problems([model], "8000", {})
+    (found,) = _controller.model_problems([model], "8000", {})
     assert f"{tmp_path}/config.json" in found
     (tmp_path / "config.json").write_text("{}")
-    assert serving.model_problems([model], 8000, {}) == []
+    assert _controller.model_problems([model], 8000, {}) == []
 
 
 def test_bytes_of_a_folder(tmp_path: Path) -> None:
@@ -37,8 +42,8 @@ def test_bytes_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("a")
     (tmp_path / "broken").symlink_to("nowhere")
     # A link counts as what it leads to: the hub's cache is made of links.
-    assert serving.folder_bytes(str(tmp_path)) == 52
-    assert serving.folder_bytes(str(tmp_path / "missing")) == 0
+    assert _controller.folder_bytes(str(tmp_path)) == 52
+    assert _controller.folder_bytes(str(tmp_path / "missing")) == 0
 
 
 def instance(name: str, copy_from: str = "") -> dict[str, Any]:
@@ -50,8 +55,8 @@ def test_needs_are_what_is_not_there_yet(tmp_path: Path) -> None:
     found = [instance("hub"), instance("new", str(tmp_path)), instance("old", str(tmp_path))]
     files = {"/var/lib/vllm/models/old/config.json": "{}", "/var/lib/vllm/models/new/config.json": None}
     needs = {"/opt/vllm": 7, "/var/lib/vllm/models": 100}
-    assert serving.disk_needs(found, {"files": files}, "/opt/vllm", 7) == needs
-    assert serving.disk_needs([], {"files": {}}, "/opt/vllm", 0) == {"/opt/vllm": 0, "/var/lib/vllm/models": 0}
+    assert _controller.disk_needs(found, {"files": files}, "/opt/vllm", 7) == needs
+    assert _controller.disk_needs([], {"files": {}}, "/opt/vllm", 0) == {"/opt/vllm": 0, "/var/lib/vllm/models": 0}
 
 
 # --- misspelled variables -----------------------------------------------------------------------------------
@@ -66,13 +71,13 @@ def declared() -> set[str]:
 
 
 def test_every_variable_of_a_role_is_known() -> None:
-    assert declared() <= serving.known_variables()
-    assert serving.unknown_variables(declared()) == []
+    assert declared() <= _inventory.known_variables()
+    assert _inventory.unknown_variables(declared()) == []
 
 
 @pytest.mark.parametrize("name", ["serving_secrets_dir", "vllm_instances"])
 def test_variables_that_roles_do_not_declare(name: str) -> None:
-    assert serving.unknown_variables([name]) == []
+    assert _inventory.unknown_variables([name]) == []
 
 
 @pytest.mark.parametrize(
@@ -86,11 +91,11 @@ def test_variables_that_roles_do_not_declare(name: str) -> None:
     ],
 )
 def test_misspelled_variable_is_told_with_the_nearest(name: str, expected: str) -> None:
-    assert serving.unknown_variables(["vllm_port", name, "vllm_models"]) == [expected]
+    assert _inventory.unknown_variables(["vllm_port", name, "vllm_models"]) == [expected]
 
 
 def test_each_misspelled_variable_is_told_once_and_in_order() -> None:
-    found = serving.unknown_variables(["vllm_b", "vllm_a", "vllm_b"])
+    found = _inventory.unknown_variables(["vllm_b", "vllm_a", "vllm_b"])
     assert [line.split()[0] for line in found] == ["vllm_a", "vllm_b"]
 
 
@@ -115,13 +120,13 @@ def test_each_misspelled_variable_is_told_once_and_in_order() -> None:
     ],
 )
 def test_wrong_fields_are_told_with_their_entry(models: Any, says: str) -> None:
-    (found,) = serving.field_problems(models, "vllm_models")
+    (found,) = _inventory.field_problems(models, "vllm_models")
     assert says in found
 
 
 def test_right_fields_are_not_told() -> None:
     right = {"name": "a", "source": "/a", "users": "4", "context": 8192, "copy": "yes", "flags": {}, "revision": None}
-    assert serving.field_problems([right, {**right, "variants": [{"source": "b/c"}]}], "vllm_models") == []
+    assert _inventory.field_problems([right, {**right, "variants": [{"source": "b/c"}]}], "vllm_models") == []
 
 
 def test_demo_and_role_defaults_use_known_variables_only() -> None:
@@ -130,7 +135,7 @@ def test_demo_and_role_defaults_use_known_variables_only() -> None:
     files += ROOT.glob("roles/*/defaults/main.yml")
     names = [name for file in files for name in yaml.safe_load(file.read_text()) or {} if name.startswith(prefixes)]
     assert names
-    assert serving.unknown_variables(names) == []
+    assert _inventory.unknown_variables(names) == []
 
 
 # --- backends -----------------------------------------------------------------------------------------------
@@ -151,20 +156,20 @@ def test_replicas_of_a_model_stand_together() -> None:
         engine(("big", "fd77::2", 8000)),
         engine(),
     ]
-    assert serving.backends(engines) == [
+    assert _models.backends(engines) == [
         {"model": "tiny", "servers": ["10.0.0.1:8000"], "kind": "completion"},
         {"model": "big", "servers": ["10.0.0.1:8001", "[fd77::2]:8000"], "kind": "completion"},
     ]
-    assert serving.backends([]) == []
+    assert _models.backends([]) == []
 
 
 def test_gateway_that_does_not_know_all_engines_is_refused() -> None:
-    with pytest.raises(AnsibleFilterError, match="what runs on gpu2: a run with --limit must include all engines"):
-        serving.backends([engine(("tiny", "10.0.0.1", 8000)), {"inventory_hostname": "gpu2"}])
+    with pytest.raises(ValueError, match="what runs on gpu2: a run with --limit must include all engines"):
+        _models.backends([engine(("tiny", "10.0.0.1", 8000)), {"inventory_hostname": "gpu2"}])
 
 
 def test_variables_of_other_collections_for_nginx_are_none_of_ours() -> None:
-    assert serving.unknown_variables(["nginx_vhosts", "nginx_upstreams", "certbot_auto_renew_user"]) == []
+    assert _inventory.unknown_variables(["nginx_vhosts", "nginx_upstreams", "certbot_auto_renew_user"]) == []
 
 
 hosts = st.sampled_from(["10.0.0.1", "10.0.0.2", "fd77::1"])
@@ -177,7 +182,7 @@ some_engines = st.lists(
 
 @given(some_engines)
 def test_each_instance_is_a_server_of_its_model_and_of_no_other(engines: list[dict[str, Any]]) -> None:
-    found = serving.backends(engines)
+    found = _models.backends(engines)
     assert len({backend["model"] for backend in found}) == len(found)
     given_instances = sorted(
         (each["model"], each["host"], str(each["port"])) for engine in engines for each in engine["vllm_instances"]
@@ -192,11 +197,11 @@ def test_each_instance_is_a_server_of_its_model_and_of_no_other(engines: list[di
 # --- as Ansible sees them -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", serving.FilterModule().filters())
+@pytest.mark.parametrize("name", serving.FUNCTIONS)
 def test_filter_has_documentation_with_its_own_parameters(name: str) -> None:
     doc = yaml.safe_load((ROOT / f"plugins/filter/{name}.yml").read_text())
     assert set(doc) == {"DOCUMENTATION", "EXAMPLES", "RETURN"}
-    function = serving.FilterModule().filters()[name]
+    function = serving.function(name)
     code = function.__code__
     first, *others = code.co_varnames[: code.co_argcount]
     by_name = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
@@ -210,9 +215,16 @@ def test_filter_has_documentation_with_its_own_parameters(name: str) -> None:
     assert set(doc["RETURN"]) == {"_value"}
 
 
+def test_a_filter_imports_nothing_before_it_is_called() -> None:
+    """Each of Ansible's workers loads all filters, and compiles what they import."""
+    program = f"import sys, {serving.__name__}; print(*(name for name in sys.modules if 'module_utils' in name))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT / "collections", capture_output=True, check=True)
+    assert done.stdout.decode() == "\n"
+
+
 def test_no_documentation_without_a_filter() -> None:
     sidecars = {path.stem for path in (ROOT / "plugins/filter").glob("*.yml")}
-    assert sidecars == set(serving.FilterModule().filters())
+    assert sidecars == set(serving.FUNCTIONS)
 
 
 def test_filters_run_in_templates(run_playbook: Any, tmp_path: Path) -> None:
@@ -245,6 +257,12 @@ def test_filters_run_in_templates(run_playbook: Any, tmp_path: Path) -> None:
         "tenants_table": "{{ {'teams': [], 'keys': []} | llmfleet.serving.tenants_table(72) | length }}",
         "tenants_with_keys": "{{ keyed | map(attribute='keys') | flatten | map(attribute='name') }}",
         "unknown_variables": "{{ ['vllm_model'] | llmfleet.serving.unknown_variables | length }}",
+        "certbot_problems": "{{ certbot | llmfleet.serving.certbot_problems }}",
+        "litellm_config": "{{ (litellm | llmfleet.serving.litellm_config).model_list | map(attribute='model_name') }}",
+        "litellm_database": "{{ (litellm.litellm_database_url | llmfleet.serving.litellm_database(5)).place }}",
+        "litellm_problems": "{{ litellm | llmfleet.serving.litellm_problems }}",
+        "nginx_name": "{{ ('fd77::1' | llmfleet.serving.nginx_name).host }}",
+        "nginx_problems": "{{ nginx | llmfleet.serving.nginx_problems }}",
         "backends": "{{ [{'vllm_instances': found | llmfleet.serving.endpoints([])}] | llmfleet.serving.backends }}",
     }
     variables = {
@@ -268,6 +286,9 @@ def test_filters_run_in_templates(run_playbook: Any, tmp_path: Path) -> None:
             "firewall_connections_per_source": 0,
             **{f"firewall_{name}": [] for name in ("ssh_ports", "ssh_sources", "allow", "allow_more")},
         },
+        "certbot": certbot_settings(),
+        "litellm": litellm_settings(),
+        "nginx": nginx_settings(),
         "cluster": {"version": "", "system": "y"},
         "wanted": {"systems": ["x"]},
         "database": {
@@ -283,7 +304,7 @@ def test_filters_run_in_templates(run_playbook: Any, tmp_path: Path) -> None:
     task = {"ansible.builtin.copy": {"content": "{{ result | to_json }}", "dest": str(tmp_path / "result")}}
     done = run_playbook([{"hosts": "all", "gather_facts": False, "vars": variables, "tasks": [task]}])
     assert done.returncode == 0, done.stdout
-    assert set(result) == set(serving.FilterModule().filters())
+    assert set(result) == set(serving.FUNCTIONS)
     assert json.loads((tmp_path / "result").read_text()) == {
         "instances": [8000, 8001],
         "endpoints": ["a", "b"],
@@ -312,6 +333,12 @@ def test_filters_run_in_templates(run_playbook: Any, tmp_path: Path) -> None:
         "tenants_table": 3,
         "tenants_with_keys": ["k"],
         "unknown_variables": 1,
+        "certbot_problems": [],
+        "litellm_config": ["qwen", "qwen", "embed"],
+        "litellm_database": "litellm@/run/postgresql:5432/litellm",
+        "litellm_problems": [],
+        "nginx_name": "[fd77::1]",
+        "nginx_problems": [],
         "backends": [
             {"model": "a", "servers": ["127.0.0.1:8000"], "kind": "completion"},
             {"model": "b", "servers": ["127.0.0.1:8001"], "kind": "completion"},

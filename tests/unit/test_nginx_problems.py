@@ -5,22 +5,18 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 from typing import Any
 
 import pytest
-
-nginx_name = importlib.import_module("ansible_collections.llmfleet.serving.plugins.filter.nginx_name").nginx_name
-nginx_problems = importlib.import_module(
-    "ansible_collections.llmfleet.serving.plugins.filter.nginx_problems"
-).nginx_problems
+from ansible_collections.llmfleet.serving.plugins.module_utils import _nginx_problems
+from ansible_collections.llmfleet.serving.plugins.module_utils._names import nginx_name
 
 SECRET = "0123456789-0123456789"
 HASH = hashlib.sha256(SECRET.encode()).hexdigest()
 
 
-def problems(**changes: Any) -> list[str]:
-    settings = {
+def settings(**changes: Any) -> dict[str, Any]:
+    found = {
         "nginx_server_name": "gw.example.test",
         "nginx_server_aliases": ["api.example.test"],
         "nginx_backends": [{"model": "org/tiny-1.5:chat", "servers": ["10.0.0.1:8000", "[fd77::1]:8000", "gpu-1:1"]}],
@@ -49,7 +45,11 @@ def problems(**changes: Any) -> list[str]:
         "nginx_hsts_seconds": 0,
         **changes,
     }
-    return nginx_problems({"name": nginx_name(settings["nginx_server_name"]), **settings})
+    return {"name": nginx_name(found["nginx_server_name"]), **found}
+
+
+def problems(**changes: Any) -> list[str]:
+    return _nginx_problems.problems(settings(**changes))
 
 
 def test_where_tenants_have_no_keys_nobody_is_let_in() -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible_collections.llmfleet.serving.plugins.filter import serving
 from ansible_collections.llmfleet.serving.plugins.module_utils import _tenants
 from hypothesis import given
 from hypothesis import strategies as st
@@ -340,7 +339,7 @@ def report() -> dict[str, Any]:
 
 
 def test_table() -> None:
-    assert serving.tenants_table(report()) == [
+    assert _tenants.table(report()) == [
         "team, key                state    spend                 tokens rpm/tpm/par used",
         "-" * 80,
         "research                 active   12.35/50 30d   [#...] 1.2M   600/200k/-  3m",
@@ -356,7 +355,7 @@ def test_table() -> None:
 
 
 def test_table_says_where_there_is_nothing() -> None:
-    assert serving.tenants_table({"teams": [], "keys": []})[-1] == "LiteLLM has no teams and no keys."
+    assert _tenants.table({"teams": [], "keys": []})[-1] == "LiteLLM has no teams and no keys."
 
 
 @given(st.integers(72, 200), st.text(max_size=90), st.floats(0, 1e15), st.integers(0, 10**15))
@@ -364,7 +363,7 @@ def test_no_line_of_the_table_is_longer(width: int, name: str, spend: float, tok
     whole = report()
     whole["teams"][0] |= {"name": name, "spend": spend, "max_budget": 1e9, "tpm_limit": 10**11}
     whole["keys"][0] |= {"team": name, "tokens": tokens, "last_used": "1970-01-01T00:00:00Z"}
-    lines = serving.tenants_table(json.loads(json.dumps(whole)), width)
+    lines = _tenants.table(json.loads(json.dumps(whole)), width)
     assert all(len(line) <= width and line.isascii() and (line.isprintable() or not line) for line in lines)
 
 

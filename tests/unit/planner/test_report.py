@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).parents[3]
 COLLECTION = "ansible_collections.llmfleet.serving.plugins"
 report = importlib.import_module(f"{COLLECTION}.module_utils._planner.report")
-serving = importlib.import_module(f"{COLLECTION}.filter.serving")
+controller = importlib.import_module(f"{COLLECTION}.module_utils._controller")
 
 GIB = 1 << 30
 H200 = 150_109_880_320
@@ -352,14 +352,14 @@ def test_instances_of_a_partitioned_gpu_are_no_neighbours_in_memory() -> None:
 def test_what_else_there_is_to_say_is_in_table_and_page(document: dict[str, Any], expected: str) -> None:
     assert expected in unwrapped(report.table({"box": document}))
     said = expected.removeprefix("Warning: ").partition(" DOES")[0]
-    assert said in " ".join(Page(serving.plan_page({"box": document})).text.split())
+    assert said in " ".join(Page(controller.plan_page({"box": document})).text.split())
 
 
 @pytest.mark.parametrize("memory", [None, 0])
 def test_a_gpu_of_unknown_size_is_shown(memory: int | None) -> None:
     document = host(gpus=[gpu(0, memory_total_bytes=memory)], driver_version=None)
     assert "  1 x NVIDIA H200, vLLM 0.32.0" in report.table({"box": document})
-    Page(serving.plan_page({"box": document}))
+    Page(controller.plan_page({"box": document}))
 
 
 words = st.text(max_size=60)
@@ -508,7 +508,7 @@ def numbers_of(hosts: dict[str, Any]) -> Iterator[str]:
 @pytest.mark.parametrize("size", [1, 100])
 def test_page_says_all_that_the_plans_say(size: int) -> None:
     hosts = fleet(size)
-    page = Page(serving.plan_page(hosts))
+    page = Page(controller.plan_page(hosts))
     said = " ".join(page.text.split())
     assert [each for each in numbers_of(hosts) if each not in said] == []
     assert page.tags.count("details") == 2  # one card for all hosts, and in it the reasons
@@ -517,7 +517,7 @@ def test_page_says_all_that_the_plans_say(size: int) -> None:
 
 
 def test_page_is_one_file_that_runs_nothing() -> None:
-    page = serving.plan_page(fleet(2))
+    page = controller.plan_page(fleet(2))
     assert "default-src 'none'; style-src 'unsafe-inline'" in page
     assert not re.search(r"https?:|//|@import|javascript:", page)
     assert "prefers-color-scheme: dark" in page
@@ -525,12 +525,12 @@ def test_page_is_one_file_that_runs_nothing() -> None:
 
 
 def test_page_of_the_same_plans_is_the_same() -> None:
-    assert serving.plan_page(fleet(3)) == serving.plan_page(fleet(3))
+    assert controller.plan_page(fleet(3)) == controller.plan_page(fleet(3))
 
 
 def test_page_holds_nothing_but_what_is_shown() -> None:
     """An environment may hold keys."""
-    page = serving.plan_page(fleet(1))
+    page = controller.plan_page(fleet(1))
     assert "not-to-be-shown" not in page
     assert "GPU-0" not in page
 
@@ -552,7 +552,7 @@ def test_hostile_words_stay_words() -> None:
             engine_version=HOSTILE,
         )
     }
-    page = Page(serving.plan_page(hosts))  # which objects to scripts, images and handlers
+    page = Page(controller.plan_page(hosts))  # which objects to scripts, images and handlers
     assert page.text.count(HOSTILE) > 10
     assert any(HOSTILE in title for title in page.titles)
 
@@ -641,7 +641,7 @@ def test_plan_is_shown_and_its_page_written_once(run_playbook: Any, tmp_path: Pa
     assert shown.count(table) == 1
     page = where / ".plan.html"
     assert f"The same as a page: {page}" in shown
-    assert page.read_text() == serving.plan_page({"host1": host(plan()), "host2": host(plan())})
+    assert page.read_text() == controller.plan_page({"host1": host(plan()), "host2": host(plan())})
     assert page.stat().st_mode & 0o777 == 0o644
     ours = [line for line in done.stdout.splitlines() if line.startswith(" " * 8) and str(page) not in line]
     assert max(map(len, ours)) <= 80

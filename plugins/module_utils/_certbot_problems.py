@@ -1,39 +1,8 @@
 # Copyright: llmfleet developers
 # GNU General Public License v3.0+ (see LICENSE)
+"""PRIVATE to the collection: what is wrong with the role certbot's variables. No Ansible import and no I/O."""
+
 from __future__ import annotations
-
-DOCUMENTATION = r"""
-name: certbot_problems
-author: llmfleet developers
-version_added: 1.0.0
-short_description: What is wrong with the variables of the role certbot
-description: Checks what an argument spec cannot say. Never returns a part of a secret.
-options:
-  _input:
-    description:
-      - The role's variables by name, C(certbot_names) with what the role nginx hands over in place of an empty list.
-      - As C(site_names), the names that nginx serves, and as C(http_port) its port.
-      - They are empty and 0 where the role is used alone.
-      - As C(ca_content), the certificates (PEM) in C(certbot_ca_bundle), or nothing where there is no such file.
-    type: dict
-    required: true
-"""
-
-EXAMPLES = r"""
-- name: Refuse wrong variables
-  ansible.builtin.assert:
-    that: problems | length == 0
-    fail_msg: "{{ problems }}"
-  vars:
-    problems: "{{ settings | llmfleet.serving.certbot_problems }}"
-"""
-
-RETURN = r"""
-_value:
-  description: One sentence for each problem, with the variable, the value unless it is secret, and the remedy.
-  type: list
-  elements: str
-"""
 
 import ipaddress
 import re
@@ -65,7 +34,7 @@ CREDENTIALS: dict[str, tuple[list[set[str]], set[str]]] = {
 ALGORITHMS = {f"HMAC-{name}" for name in ("MD5", "SHA1", "SHA224", "SHA256", "SHA384", "SHA512")}
 
 
-def certbot_problems(settings: dict[str, Any]) -> list[str]:
+def problems(settings: dict[str, Any]) -> list[str]:
     shapes = [*_shapes(settings)]
     if shapes:  # what the other checks look into
         return shapes
@@ -218,8 +187,3 @@ def _rest(settings: dict[str, Any]) -> Iterator[str]:
     command = settings["certbot_deploy_hook_command"]
     if not command.strip() or "\n" in command:
         yield "certbot_deploy_hook_command is empty or has several lines: write one line for the shell, as `true`."
-
-
-class FilterModule:
-    def filters(self):
-        return {"certbot_problems": certbot_problems}

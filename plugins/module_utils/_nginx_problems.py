@@ -1,37 +1,8 @@
 # Copyright: llmfleet developers
 # GNU General Public License v3.0+ (see LICENSE)
+"""PRIVATE to the collection: what is wrong with the role nginx's variables. No Ansible import and no I/O."""
+
 from __future__ import annotations
-
-DOCUMENTATION = r"""
-name: nginx_problems
-author: llmfleet developers
-version_added: 1.0.0
-short_description: What is wrong with the variables of the role nginx
-description: Checks what an argument spec cannot say. Never returns a part of a key.
-options:
-  _input:
-    description:
-      - The role's variables by name.
-      - As C(name), what P(llmfleet.serving.nginx_name#filter) says of C(nginx_server_name).
-    type: dict
-    required: true
-"""
-
-EXAMPLES = r"""
-- name: Refuse wrong variables
-  ansible.builtin.assert:
-    that: problems | length == 0
-    fail_msg: "{{ problems }}"
-  vars:
-    problems: "{{ settings | llmfleet.serving.nginx_problems }}"
-"""
-
-RETURN = r"""
-_value:
-  description: One sentence for each problem, with the variable, the value unless it is secret, and the remedy.
-  type: list
-  elements: str
-"""
 
 import hashlib
 import ipaddress
@@ -65,7 +36,7 @@ AT_LEAST = {  # and what each counts
 }
 
 
-def nginx_problems(settings: dict[str, Any]) -> list[str]:
+def problems(settings: dict[str, Any]) -> list[str]:
     return [
         *_name(settings),
         *_backends(settings["nginx_backends"]),
@@ -225,8 +196,3 @@ def _numbers(settings: dict[str, Any]) -> Iterator[str]:
     for name, (least, what) in AT_LEAST.items():
         if settings[name] < least:
             yield f"{name} is {settings[name]}: use at least {least} {what}."
-
-
-class FilterModule:
-    def filters(self):
-        return {"nginx_problems": nginx_problems}

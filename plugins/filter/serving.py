@@ -5,9 +5,8 @@
 from __future__ import annotations
 
 import difflib
-import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -90,37 +89,6 @@ def unknown_variables(names: Iterable[str]) -> list[str]:
     return found
 
 
-def field_problems(values: Any, variable: str) -> list[str]:
-    """What is wrong with the fields of a list of dictionaries, by what the argument specs say of ``variable``.
-
-    Ansible's own check of them names neither the entry nor the nearest field.
-    """
-    return list(_entry_problems(values, variable, declared_options()[variable]["options"]))
-
-
-def _entry_problems(values: Any, at: str, options: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    if not isinstance(values, list) or not all(isinstance(value, Mapping) for value in values):
-        yield f"{at} is {values!r}: give a list, each entry of it with fields."
-        return
-    for index, entry in enumerate(values):
-        where = f"{at}[{index}]" + (f" ({entry['name']})" if entry.get("name") else "")
-        for name in sorted(map(str, entry.keys() - options.keys())):
-            near = difflib.get_close_matches(name, options, n=1)
-            remedy = f"do you mean {near[0]}?" if near else f"it has {', '.join(sorted(options))}."
-            yield f"{where} has {name}, which is no field of it: {remedy}"
-        for name, option in options.items():
-            value = entry.get(name)
-            if value is None:
-                if option.get("required"):
-                    yield f"{where} has no {name}: {name} is required."
-            elif option["type"] == "int" and not re.fullmatch(r"-?\d+", str(value)):
-                yield f"{where}.{name} is {value!r}: give a whole number."
-            elif option["type"] == "dict" and not isinstance(value, Mapping):
-                yield f"{where}.{name} is {value!r}: give a dictionary."
-            elif "options" in option:
-                yield from _entry_problems(value, f"{at}[{index}].{name}", option["options"])
-
-
 def backends(engines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What nginx_backends takes, from the ``vllm_instances`` of all engines: an entry a model, with its replicas."""
     engines = list(engines)
@@ -166,7 +134,6 @@ class FilterModule:
             "client_problems": _models.client_problems,
             "disk_needs": disk_needs,
             "endpoints": _models.endpoints,
-            "field_problems": field_problems,
             "firewall_allow": _firewall.allow,
             "firewall_plan": _firewall.plan,
             "host_problems": _models.host_problems,

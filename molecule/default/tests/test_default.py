@@ -153,7 +153,7 @@ def test_second_model(host: Host, models: dict[str, Any]) -> None:
 
 BAD_INPUT = {
     "a misspelled variable": ({"vllm_verison": "0.32.0"}, "do you mean vllm_version?"),
-    "a wrong type": ({"vllm_shutdown_timeout": "soon"}, "vllm_shutdown_timeout"),
+    "a wrong type": ({"vllm_shutdown_timeout": "soon"}, "write a whole number"),
     "a version with a known hole": ({"vllm_version": "0.21.0"}, "CVE-2026-48746"),
     "a port that sshd has": ({"vllm_models": [{"name": "a", "source": "o/m", "port": 22}]}, "port is 22"),
     "a port twice": (

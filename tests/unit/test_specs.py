@@ -119,6 +119,15 @@ def test_every_variable_is_used(role: Path) -> None:
     assert {name for name in internal if len(re.findall(rf"\b{name}\b", f"{text}\n{own}")) < 2} == set()
 
 
+def test_switches_are_read_as_such(role: Path) -> None:
+    """What -e sets is text, and "false" is true without the filter."""
+    files = [path for folder in ("tasks", "vars", "templates") for path in (role / folder).glob("*")]
+    expressions = [part for path in files for part in re.findall(r"\{[{%].*?[%}]\}", path.read_text(), re.DOTALL)]
+    code = re.sub(r"'[^']*'", "", "\n".join(expressions))
+    switches = [name for name, option in specs(role)["main"]["options"].items() if option["type"] == "bool"]
+    assert [name for name in switches if re.search(rf"\b{name}\b(?! \| bool\b)", code)] == []
+
+
 def test_readme_mentions_every_variable(role: Path) -> None:
     """Or says where they are described."""
     readme = role / "README.md"

@@ -314,6 +314,7 @@ def test_keys_come_from_the_secrets_folder() -> None:
     assert [each.get("key") for each in whole[0]["keys"]] == [OTHER, KEY, None]
     assert [each["keys"] for each in whole[1:]] == [[{"name": "x"}], []]
     assert _tenants.names(tenants)[:3] == ["sales.eu", "sales.eu/bot", "sales.eu/own"]
+    assert _tenants.names(tenants, absent=True) == ["sales.eu/gone", "old", "old/x"]
 
 
 # --- the report ---------------------------------------------------------------------------------------------
@@ -355,13 +356,25 @@ def test_table() -> None:
     ]
 
 
+def test_table_shows_what_is_missing() -> None:
+    lines = serving.tenants_table({**report(), "missing": ["apps", "research/lab", "apps/chat"]})
+    assert [(line[:22].strip(), line[22:].strip()) for line in lines if "missing" in line or "old" in line] == [
+        ("old", "expired  0                     0                  never"),
+        ("lab", "missing"),
+        ("apps", "missing"),
+        ("chat", "missing"),
+    ]
+    nothing = {"teams": [], "keys": [], "missing": ["apps"]}
+    assert serving.tenants_table(nothing)[2:] == ["apps                     missing"]
+
+
 def test_table_says_where_there_is_nothing() -> None:
     assert serving.tenants_table({"teams": [], "keys": []})[-1] == "LiteLLM has no teams and no keys."
 
 
 @given(st.integers(72, 200), st.text(max_size=90), st.floats(0, 1e15), st.integers(0, 10**15))
 def test_no_line_of_the_table_is_longer(width: int, name: str, spend: float, tokens: int) -> None:
-    whole = report()
+    whole = {**report(), "missing": [name, f"research/{name}"]}
     whole["teams"][0] |= {"name": name, "spend": spend, "max_budget": 1e9, "tpm_limit": 10**11}
     whole["keys"][0] |= {"team": name, "tokens": tokens, "last_used": "1970-01-01T00:00:00Z"}
     lines = serving.tenants_table(json.loads(json.dumps(whole)), width)

@@ -26,7 +26,6 @@ from ansible_collections.llmfleet.serving.plugins.module_utils._planner import r
 OF_NO_ROLE = {
     *("serving_backends", "serving_plan_page", "serving_secrets_dir", "vllm_instances", "vllm_plans"),
     *("litellm_server", "litellm_keys", "litellm_unserved", "serving_restore_file", "serving_restore_replace"),
-    *("serving_tenants", "serving_tenants_overlap", "serving_tenants_prune"),
 }
 SHARED = ("nginx_", "certbot_", "firewall_", "postgresql_")  # prefixes that other people's variables have, too
 

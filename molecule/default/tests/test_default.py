@@ -245,7 +245,8 @@ def test_run_cut_short_while_it_starts_a_model(host: Host) -> None:
 
 def test_remove_leaves_nothing(host: Host) -> None:
     support.apply("remove")
-    for path in ("/etc/vllm", "/opt/vllm", "/opt/uv", "/var/cache/vllm", "/etc/systemd/system/vllm@.service"):
+    units = ("/etc/systemd/system/vllm@.service", "/etc/systemd/system/nginx.service.d")
+    for path in ("/etc/vllm", "/opt/vllm", "/opt/uv", "/var/cache/vllm", *units):
         assert not host.file(path).exists, path
     assert host.file("/var/lib/vllm/models/tiny/config.json").exists, "models are kept unless it is asked for"
     assert not host.user("vllm").exists

@@ -19,7 +19,6 @@ FUNCTIONS = {
     "client_problems": "_models.client_problems",
     "disk_needs": "_controller.disk_needs",
     "endpoints": "_models.endpoints",
-    "field_problems": "_inventory.field_problems",
     "firewall_allow": "_firewall.allow",
     "firewall_plan": "_firewall.plan",
     "host_problems": "_models.host_problems",

@@ -14,7 +14,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -449,6 +449,14 @@ def undeclared(teams: Sequence[Team], found: Found) -> tuple[list[FoundTeam], li
     return sorted((team for name, team in found.teams.items() if name not in names), key=lambda team: team.name), keys
 
 
+def missing(teams: Sequence[Team], found: Found) -> list[str]:
+    """What is declared and LiteLLM has not: teams, and keys by their alias."""
+    names = [team.name for team in teams if team.state != "absent" and team.name not in found.teams]
+    there = {row.alias for row in found.keys.values()}
+    keys = [key for team in teams if team.state != "absent" for key in team.keys if key.state != "absent"]
+    return names + [key.alias for key in keys if key.alias not in there]
+
+
 def _prune(teams: Sequence[Team], found: Found) -> list[Change]:
     strangers, keys = undeclared(teams, found)
     return [*(_delete_key(row, row.label) for row in keys), *(_delete_team(team) for team in strangers)]
@@ -808,15 +816,17 @@ def report(
         **rows(found, strange_teams, strange_keys, usage),
         "accepted": accepted(found, now),
         "undeclared": [f"team {team.name}" for team in strange_teams] + [f"key {key.label}" for key in strange_keys],
+        "missing": missing(teams or (), found),
         "now": now.isoformat(timespec="seconds"),
         "usage_days": days,
     }
 
 
-def named(names: Iterable[str]) -> list[Team]:
-    """Teams and keys of which nothing is known but that they are declared."""
+def named(names: Iterable[str], absent: Collection[str] = ()) -> list[Team]:
+    """Teams and keys of which nothing is known but that they are declared, and which of them to be gone."""
     keys: dict[str, list[Key]] = {}
+    state = dict.fromkeys(absent, "absent")
     for name in names:
         team, slash, key = name.partition("/")
-        keys.setdefault(team, []).extend([Key(team, key)] if slash else [])
-    return [Team(team, keys=tuple(own)) for team, own in keys.items()]
+        keys.setdefault(team, []).extend([Key(team, key, state.get(name, "present"))] if slash else [])
+    return [Team(team, state.get(team, "present"), keys=tuple(own)) for team, own in keys.items()]

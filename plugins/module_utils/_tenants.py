@@ -369,13 +369,15 @@ def secret_names(tenants: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def names(tenants: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of all that is declared: teams, and keys as LiteLLM calls them."""
-    return [
-        name
-        for team in tenants
-        for name in (team["team"], *(f"{team['team']}/{key['name']}" for key in team.get("keys") or ()))
-    ]
+def names(tenants: Sequence[Mapping[str, Any]], *, absent: bool = False) -> list[str]:
+    """Of all that is declared, or only of what is to be gone: teams, and keys as LiteLLM calls them."""
+    found = []
+    for team in tenants:
+        gone = team.get("state") == "absent"
+        found.append((team["team"], gone))
+        for key in team.get("keys") or ():
+            found.append((f"{team['team']}/{key['name']}", gone or key.get("state") == "absent"))
+    return [name for name, gone in found if gone or not absent]
 
 
 def with_keys(tenants: Sequence[Mapping[str, Any]], secrets: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -437,7 +439,7 @@ BAR = 6
 
 
 def table(report: Mapping[str, Any], width: int = 80) -> list[str]:
-    """Lines of ASCII, none longer. ``report`` is what the modules return: teams, keys, now, usage_days."""
+    """Lines of ASCII, none longer. ``report`` is what the modules return: teams, keys, missing, now, usage_days."""
     now = time_of(report.get("now")) or datetime.fromtimestamp(0).astimezone()
     first = width - sum(size + 1 for _, size in COLUMNS)
     lines = [_line([("team, key", first), *COLUMNS])]
@@ -445,7 +447,11 @@ def table(report: Mapping[str, Any], width: int = 80) -> list[str]:
     keys: dict[str | None, list[Mapping[str, Any]]] = {}
     for key in report.get("keys") or ():
         keys.setdefault(key["team"], []).append(key)
-    for team in report.get("teams") or ():
+    teams = list(report.get("teams") or ())
+    for name in report.get("missing") or ():
+        team, slash, _ = name.partition("/")
+        (keys.setdefault(team, []) if slash else teams).append({"name": name, "team": team, "missing": True})
+    for team in teams:
         own = keys.pop(team["name"], [])
         counted = [key["tokens"] for key in own if key.get("tokens") is not None]
         used = max((key["last_used"] for key in own if key.get("last_used")), default=None)
@@ -469,9 +475,15 @@ def _own_name(key: Mapping[str, Any]) -> str:
 
 def _row(name: str, row: Mapping[str, Any], first: int, now: datetime) -> list[str]:
     """One line, or two where the name is long."""
+    cells = ("missing",) if row.get("missing") else _cells(row, now)
+    own = [] if len(name) <= first else [_line([(name, first + sum(size + 1 for _, size in COLUMNS))])]
+    return [*own, _line([("" if own else name, first), *zip(cells, (size for _, size in COLUMNS), strict=False)])]
+
+
+def _cells(row: Mapping[str, Any], now: datetime) -> tuple[str, ...]:
     budget = row.get("max_budget")
     limits = [row.get("rpm_limit"), row.get("tpm_limit"), row.get("max_parallel_requests")]
-    cells = (
+    return (
         _state(row, now),
         _money(row.get("spend") or 0)
         + (f"/{_money(budget)}" if budget is not None else "")
@@ -481,8 +493,6 @@ def _row(name: str, row: Mapping[str, Any], first: int, now: datetime) -> list[s
         "/".join("-" if limit is None else _count(limit) for limit in limits) if any(limits) else "",
         _ago(time_of(row.get("last_used")), now),
     )
-    own = [] if len(name) <= first else [_line([(name, first + sum(size + 1 for _, size in COLUMNS))])]
-    return [*own, _line([("" if own else name, first), *zip(cells, (size for _, size in COLUMNS), strict=True)])]
 
 
 def _line(cells: Sequence[tuple[str, int]]) -> str:

@@ -36,6 +36,11 @@ options:
     type: list
     elements: str
     default: []
+  programs:
+    description: Paths of programs that LiteLLM runs and the role does not install, of which to tell which are missing.
+    type: list
+    elements: path
+    default: []
   salt_key:
     description: The key that seals what lies in the database, of which to tell whether an instance has another one.
     type: str
@@ -70,6 +75,11 @@ free_bytes:
   type: int
 missing_packages:
   description: The asked packages that are not installed.
+  returned: always
+  type: list
+  elements: str
+missing_programs:
+  description: The asked programs that are not there, are no file, or are not executable.
   returned: always
   type: list
   elements: str
@@ -201,6 +211,10 @@ def link(path: Path) -> str:
         return ""
 
 
+def is_program(path: str) -> bool:
+    return Path(path).is_file() and os.access(path, os.X_OK)
+
+
 def instance(unit: Unit, folder: Path) -> dict[str, Any]:
     return {
         "port": unit.port,
@@ -236,6 +250,7 @@ def main() -> None:
             "root": {"type": "path", "default": "/opt/litellm"},
             "unit": {"type": "path", "default": "/etc/systemd/system/litellm@.service"},
             "packages": {"type": "list", "elements": "str", "default": []},
+            "programs": {"type": "list", "elements": "path", "default": []},
             "salt_key": {"type": "str", "required": True, "no_log": True},
         },
         supports_check_mode=True,
@@ -253,6 +268,7 @@ def main() -> None:
         memory_bytes=memory_bytes(PROC),
         free_bytes=free_bytes(root),
         missing_packages=missing_packages(module, asked["packages"]) if asked["packages"] else [],
+        missing_programs=[path for path in asked["programs"] if not is_program(path)],
         package_lists=has_package_lists(APT_LISTS),
         taken_ports=taken_ports(asked["ports"], is_litellm, PROC),
         environments={path.name: (path / "recipe.txt").exists() for path in environments(root)},

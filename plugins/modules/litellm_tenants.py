@@ -157,6 +157,11 @@ undeclared:
   returned: when LiteLLM has answered
   type: list
   elements: str
+missing:
+  description: Teams, and keys as V(research/ci), that are declared and not there, for something has failed.
+  returned: when LiteLLM has answered
+  type: list
+  elements: str
 now:
   description: The host's time.
   returned: when LiteLLM has answered

@@ -19,6 +19,11 @@ options:
     description: Teams and keys (as V(research/ci)) that are declared, so that others are marked. Without it none are.
     type: list
     elements: str
+  absent:
+    description: Of O(names) those that are declared to be gone, and so are never missing.
+    type: list
+    elements: str
+    default: []
   usage_days:
     description: Of how many days, this one included, to count tokens. V(0) counts none.
     type: int
@@ -53,6 +58,12 @@ undeclared:
   returned: always
   type: list
   elements: str
+missing:
+  description: Of O(names) those that LiteLLM has not, but for those in O(absent).
+  returned: always
+  type: list
+  elements: str
+  sample: [apps, research/ci]
 now:
   description: The host's time.
   returned: always
@@ -76,6 +87,7 @@ def main() -> None:
             "master_key": {"type": "str", "required": True, "no_log": True},
             "timeout": {"type": "int", "default": 30},
             "names": {"type": "list", "elements": "str"},
+            "absent": {"type": "list", "elements": "str", "default": []},
             "usage_days": {"type": "int", "default": 30},
         },
         supports_check_mode=True,
@@ -90,7 +102,7 @@ def main() -> None:
             usage = _litellm.read_usage(client, asked["usage_days"], now)
     except _litellm.LiteLLMError as error:
         module.fail_json(msg=str(error))
-    teams = None if asked["names"] is None else _litellm.named(asked["names"])
+    teams = None if asked["names"] is None else _litellm.named(asked["names"], asked["absent"])
     module.exit_json(changed=False, **_litellm.report(found, teams, usage, now, asked["usage_days"]))
 
 

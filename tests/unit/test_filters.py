@@ -99,36 +99,6 @@ def test_each_misspelled_variable_is_told_once_and_in_order() -> None:
     assert [line.split()[0] for line in found] == ["vllm_a", "vllm_b"]
 
 
-@pytest.mark.parametrize(
-    ("models", "says"),
-    [
-        ("qwen", "vllm_models is 'qwen': give a list"),
-        (["qwen"], "vllm_models is ['qwen']: give a list"),
-        (
-            [{"name": "a", "source": "/a", "contxt": 5}],
-            "(a) has contxt, which is no field of it: do you mean context?",
-        ),
-        ([{"name": "a", "source": "/a", "zzzz": 5}], "(a) has zzzz, which is no field of it: it has context, copy, "),
-        ([{"source": "/a"}], "vllm_models[0] has no name: name is required."),
-        ([{"name": "a", "source": "/a", "users": "many"}], "[0] (a).users is 'many': give a whole number."),
-        ([{"name": "a", "source": "/a", "users": 1.5}], "[0] (a).users is 1.5: give a whole number."),
-        ([{"name": "a", "source": "/a", "flags": "x"}], "[0] (a).flags is 'x': give a dictionary."),
-        (
-            [{"name": "a", "source": "/a", "variants": [{"sorce": "b", "source": "c"}]}],
-            "vllm_models[0].variants[0] has sorce, which is no field of it: do you mean source?",
-        ),
-    ],
-)
-def test_wrong_fields_are_told_with_their_entry(models: Any, says: str) -> None:
-    (found,) = _inventory.field_problems(models, "vllm_models")
-    assert says in found
-
-
-def test_right_fields_are_not_told() -> None:
-    right = {"name": "a", "source": "/a", "users": "4", "context": 8192, "copy": "yes", "flags": {}, "revision": None}
-    assert _inventory.field_problems([right, {**right, "variants": [{"source": "b/c"}]}], "vllm_models") == []
-
-
 def test_demo_and_role_defaults_use_known_variables_only() -> None:
     prefixes = tuple(f"{name}_" for name in [*ROLES, "serving"])
     files = [*ROOT.glob("inventories/*/group_vars/**/*.yml"), *ROOT.glob("inventories/*/host_vars/**/*.yml")]
@@ -246,7 +216,6 @@ def test_filters_run_in_templates(run_playbook: Any, tmp_path: Path) -> None:
         "version_findings": "{{ '0.32.0' | llmfleet.serving.version_findings([], []) }}",
         "firewall_allow": "{{ ['gateways'] | llmfleet.serving.firewall_allow([], [80]) | map(attribute='ports') }}",
         "firewall_plan": "{{ firewall | llmfleet.serving.firewall_plan({}) | dict2items | length }}",
-        "field_problems": "{{ models | llmfleet.serving.field_problems('vllm_models') }}",
         "postgresql_host_problems": "{{ cluster | llmfleet.serving.postgresql_host_problems(wanted) | length }}",
         "postgresql_problems": "{{ database | llmfleet.serving.postgresql_problems }}",
         "postgresql_tuning": "{{ (0 | llmfleet.serving.postgresql_tuning(8589934592, 100)).shared_buffers }}",
@@ -322,7 +291,6 @@ def test_filters_run_in_templates(run_playbook: Any, tmp_path: Path) -> None:
         "firewall_allow": [["80"]],
         "firewall_plan": 5,
         "version_findings": {"problems": [], "warnings": []},
-        "field_problems": [],
         "postgresql_host_problems": 1,
         "postgresql_problems": [],
         "postgresql_tuning": "512MB",

@@ -226,6 +226,14 @@ def test_playbooks_enter_roles_where_their_specs_say() -> None:
 
 # --- secrets ------------------------------------------------------------------------------------------------
 
+
+def test_specs_say_which_variables_are_secret() -> None:
+    """By that playbooks/preflight.yml leaves their values out of its messages."""
+    specs = [load(role / "meta/argument_specs.yml")["argument_specs"]["main"]["options"] for role in ROLES]
+    masked = {name for options in specs for name, option in options.items() if option.get("no_log")}
+    assert {name for name in SECRETS if not name.startswith("__")} <= masked
+
+
 # A task's result shows its arguments and loop items, not its conditions and variables. Those of an assertion are safe
 # as long as its message is: nginx_problems returns no part of a key, and a test of its own says so.
 SILENT = {"name", "when", "register", "notify", "no_log", "block", "rescue", "always"}

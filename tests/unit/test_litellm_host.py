@@ -95,7 +95,7 @@ class Host:
         environment = {"PATH": f"{self.bin}:/bin:/usr/bin"}
         return self.run_module(module, asked, environment=environment, **options)
 
-    def look(self) -> dict[str, Any]:
+    def look(self, **options: Any) -> dict[str, Any]:
         paths = {
             "PROC": self.folder / "proc",
             "APT_LISTS": self.folder / "lists",
@@ -107,6 +107,7 @@ class Host:
             "packages": ["redis-server"],
             **{name: str(path) for name, path in (("config_dir", self.config), ("root", self.root))},
             "unit": str(self.folder / "litellm@.service"),
+            **options,
         }
         return self.run("litellm_host_info", asked, patch=paths)
 
@@ -125,7 +126,7 @@ def test_bare_host(host: Host) -> None:
     assert found["instances"] == [{"port": port, **nothing} for port in (4000, 4001)]
     assert (found["serving"], found["unfinished"], found["salt_key_differs"]) == (0, False, False)
     assert (found["environments"], found["migrated"], found["unit"], found["redis"]) == ({}, "", "", False)
-    assert found["missing_packages"] == ["redis-server"]
+    assert (found["missing_packages"], found["missing_programs"]) == (["redis-server"], [])
     assert found["free_bytes"] > 0
     assert found["changed"] is False
 
@@ -163,6 +164,16 @@ def test_what_somebody_else_has_put_there_is_told(host: Host) -> None:
     assert host.look()["foreign"] == [str(host.root), str(host.config)]
     (host.root / ".lock").touch()
     assert host.look()["foreign"] == []
+
+
+def test_programs_that_are_missing_are_told(host: Host) -> None:
+    host.command("there", "#!/bin/sh\n")
+    host.command("closed", "#!/bin/sh\n")
+    (host.bin / "closed").chmod(0o644)
+    (host.bin / "folder").mkdir()
+    (host.bin / "dangling").symlink_to("nowhere")
+    asked = [str(host.bin / name) for name in ("there", "closed", "folder", "dangling", "none", "there/below")]
+    assert host.look(programs=asked)["missing_programs"] == asked[1:]
 
 
 def test_no_secret_is_said(host: Host) -> None:

@@ -331,6 +331,19 @@ def test_strangers_are_reported_and_left_until_pruned() -> None:
     assert (set(server.teams), set(server.aliases())) == ({"research"}, {"research/ci"})
 
 
+def test_what_is_declared_and_not_there_is_missing() -> None:
+    server = LiteLLM()
+    wanted = [
+        *tenants(CI, {**CI, "name": "lab"}, {**CI, "name": "old", "state": "absent"}),
+        {"team": "apps", "state": "blocked", "keys": [{"name": "chat"}]},
+        {"team": "gone", "state": "absent", "keys": [{"name": "x"}]},
+    ]
+    everything = ["research", "apps", "research/ci", "research/lab", "apps/chat"]
+    assert litellm.missing(litellm.declared(wanted), server.found()) == everything
+    server.apply(tenants(CI))
+    assert litellm.missing(litellm.declared(wanted), server.found()) == ["apps", "research/lab", "apps/chat"]
+
+
 def test_alias_of_another_teams_key_is_not_taken_from_it() -> None:
     server = LiteLLM()
     server.key_generate({"key": value(9), "key_alias": "research/ci", "team_id": "other"})
@@ -425,11 +438,12 @@ def test_what_fails_is_named_and_the_rest_is_done(run: Callable[..., dict[str, A
     assert "Of 10 changes 9 are done and 1 are not. POST /key/generate ended with status 400: no luck" in answer["msg"]
     assert "(key t2/k: create)" in answer["msg"]
     assert value(2) not in json.dumps(answer)
+    assert answer["missing"] == ["t2/k"]
     # nginx lets in those that LiteLLM has taken.
     assert [key["name"] for key in answer["accepted"]] == ["t0/k", "t1/k", "t3/k", "t4/k"]
     server.fails = lambda path, body: None
     answer = run(wanted)
-    assert answer["changes"] == ["key t2/k: create"]
+    assert (answer["changes"], answer["missing"]) == (["key t2/k: create"], [])
 
 
 def test_team_that_fails_keeps_its_keys_back(run: Callable[..., dict[str, Any]], server: LiteLLM) -> None:
@@ -579,6 +593,18 @@ def test_refusals(
     answer = run(wanted, **options)
     assert message in answer["msg"]
     assert server.calls == []
+
+
+def test_info_tells_strangers_and_what_is_missing(
+    run: Callable[..., dict[str, Any]], run_module: Callable[..., dict[str, Any]], url: str
+) -> None:
+    run(tenants(CI))
+    access = {"url": url, "master_key": MASTER, "usage_days": 0}
+    names = ["research", "research/lab", "research/old", "gone", "gone/x"]
+    found = run_module("litellm_tenants_info", {**access, "names": names, "absent": ["research/old", "gone", "gone/x"]})
+    assert (found["undeclared"], found["missing"]) == (["key research/ci"], ["research/lab"])
+    found = run_module("litellm_tenants_info", access)
+    assert (found["undeclared"], found["missing"]) == ([], [])
 
 
 def test_single_modules(run_module: Callable[..., dict[str, Any]], server: LiteLLM, url: str) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import yaml
+from ansible.parsing.vault import VaultLib, VaultSecret
 from ansible_collections.llmfleet.serving.plugins.module_utils import _tenants
+from ansible_collections.llmfleet.serving.plugins.modules import litellm_tenants
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -260,12 +262,80 @@ def test_tenants_are_checked_before_anything_and_before_they_are_applied() -> No
     assert first["ansible.builtin.import_tasks"] == "tenants_preflight.yml"
 
 
-def test_tenants_that_are_all_commented_out_are_said_to_be(run_playbook: RunPlaybook, tmp_path: Path) -> None:
-    declare(tmp_path, {"serving_tenants": None})
+def test_specs_tell_of_all_fields_as_the_module_does() -> None:
+    options = yaml.safe_load((ROLE / "meta/argument_specs.yml").read_text())["argument_specs"]["tenants"]["options"]
+    fields = options["serving_tenants"]["options"]
+    assert set(fields) == set(_tenants.TEAM_FIELDS)
+    assert set(fields["keys"]["options"]) == set(_tenants.KEY_FIELDS)
+    module = yaml.safe_load(litellm_tenants.DOCUMENTATION)["options"]["tenants"]["suboptions"]
+
+    def same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+        for name, option in ours.items():
+            for what in ("type", "elements", "required", "choices"):
+                assert option.get(what) == theirs[name].get(what), name
+            same(option.get("options", {}), theirs[name].get("suboptions", {}))
+
+    same(fields, module)
+    assert options["serving_tenants_overlap"]["description"].startswith(f"Seconds, V(0) to V({_tenants.OVERLAP_MAX}),")
+
+
+def apply(run_playbook: RunPlaybook, *arguments: str) -> str:
+    """The role's tasks_from: tenants, where no LiteLLM answers; and all that is said."""
+    models = [{"model": "qwen", "servers": ["127.0.0.1:8000"]}]
+    given = {"litellm_models": models, "litellm_server": "127.0.0.1:1", "litellm_master_key": "sk-master-0123456789abc"}
+    task = {"ansible.builtin.include_role": {"name": "llmfleet.serving.litellm", "tasks_from": "tenants"}}
+    done = run_playbook([{"hosts": "all", "gather_facts": False, "vars": given, "tasks": [task]}], "-vvv", *arguments)
+    assert done.returncode == 2, done.stdout
+    said = f"{done.stdout}{done.stderr}"
+    assert KEY not in said
+    assert "Validation of arguments" not in said
+    return " ".join(said.split())
+
+
+def test_what_is_wrong_is_said_by_the_role_and_not_by_ansible(run_playbook: RunPlaybook, tmp_path: Path) -> None:
+    wrong = team(max_budget="much", state="gone", keys=[KEY, {"name": 5, "key": [KEY]}])
+    declare(tmp_path, {"serving_tenants": wrong, "serving_tenants_overlap": "soon", "serving_tenants_prune": "perhaps"})
+    said = apply(run_playbook)
+    for sentence in (
+        "serving_tenants[0] (research): max_budget is 'much', which is no number",
+        "serving_tenants[0] (research): state is 'gone': use present, blocked, absent.",
+        "serving_tenants[0] (research).keys[0] is no key with its fields: write it as name: ci.",
+        "serving_tenants[0] (research).keys[1]: key is no text: put it into quotes.",
+        "serving_tenants_overlap is 'soon': use 0 to 31622400 seconds.",
+        "serving_tenants_prune is 'perhaps': write true or false.",
+    ):
+        assert sentence in said
+
+
+def test_keys_may_come_from_a_vault(run_playbook: RunPlaybook, tmp_path: Path) -> None:
+    vaulted = VaultLib([("default", VaultSecret(b"secret"))]).encrypt(KEY).decode()
+    (tmp_path / "password").write_text("secret\n")
+    (tmp_path / "inventory/host_vars").mkdir(parents=True)
+    (tmp_path / "inventory/host_vars/host1.yml").write_text(
+        "serving_tenants: [{team: a, keys: [{name: a, key: '{{ vault_a }}'}, {name: b, key: '{{ vault_a }}b'}]}]\n"
+        "vault_a: !vault |\n" + "".join(f"  {line}\n" for line in vaulted.splitlines())
+    )
+    assert "LiteLLM at http://127.0.0.1:1 cannot be reached" in apply(
+        run_playbook, "--vault-password-file", str(tmp_path / "password")
+    )
+
+
+@pytest.mark.parametrize(
+    ("tenants", "says"),
+    [
+        (None, "serving_tenants is empty (null): write [], or declare a team."),
+        ({"research": {}}, "serving_tenants is a dictionary: write a list of teams, or [] for none."),
+        (5, "serving_tenants is 5: write a list of teams, or [] for none."),
+    ],
+)
+def test_tenants_that_are_no_list_are_said_to_be(
+    run_playbook: RunPlaybook, tmp_path: Path, tenants: Any, says: str
+) -> None:
+    declare(tmp_path, {"serving_tenants": tenants})
     (tmp_path / "inventory/groups").write_text("[engines]\nhost1\n[gateways]\nhost1\n")
     done = run_playbook("- ansible.builtin.import_playbook: llmfleet.serving.instances\n")
     assert done.returncode == 2
-    assert "serving_tenants is empty (null): write [], or declare a team." in done.stdout
+    assert says in done.stdout
     assert "Ask the inventory what runs where" not in done.stdout
 
 
@@ -313,6 +383,7 @@ def test_keys_come_from_the_secrets_folder() -> None:
     assert [each.get("key") for each in whole[0]["keys"]] == [OTHER, KEY, None]
     assert [each["keys"] for each in whole[1:]] == [[{"name": "x"}], []]
     assert _tenants.names(tenants)[:3] == ["sales.eu", "sales.eu/bot", "sales.eu/own"]
+    assert _tenants.names(tenants, absent=True) == ["sales.eu/gone", "old", "old/x"]
 
 
 # --- the report ---------------------------------------------------------------------------------------------
@@ -354,13 +425,25 @@ def test_table() -> None:
     ]
 
 
+def test_table_shows_what_is_missing() -> None:
+    lines = _tenants.table({**report(), "missing": ["apps", "research/lab", "apps/chat"]})
+    assert [(line[:22].strip(), line[22:].strip()) for line in lines if "missing" in line or "old" in line] == [
+        ("old", "expired  0                     0                  never"),
+        ("lab", "missing"),
+        ("apps", "missing"),
+        ("chat", "missing"),
+    ]
+    nothing = {"teams": [], "keys": [], "missing": ["apps"]}
+    assert _tenants.table(nothing)[2:] == ["apps                     missing"]
+
+
 def test_table_says_where_there_is_nothing() -> None:
     assert _tenants.table({"teams": [], "keys": []})[-1] == "LiteLLM has no teams and no keys."
 
 
 @given(st.integers(72, 200), st.text(max_size=90), st.floats(0, 1e15), st.integers(0, 10**15))
 def test_no_line_of_the_table_is_longer(width: int, name: str, spend: float, tokens: int) -> None:
-    whole = report()
+    whole = {**report(), "missing": [name, f"research/{name}"]}
     whole["teams"][0] |= {"name": name, "spend": spend, "max_budget": 1e9, "tpm_limit": 10**11}
     whole["keys"][0] |= {"team": name, "tokens": tokens, "last_used": "1970-01-01T00:00:00Z"}
     lines = _tenants.table(json.loads(json.dumps(whole)), width)

@@ -153,7 +153,7 @@ def test_second_model(host: Host, models: dict[str, Any]) -> None:
 
 BAD_INPUT = {
     "a misspelled variable": ({"vllm_verison": "0.32.0"}, "do you mean vllm_version?"),
-    "a wrong type": ({"vllm_shutdown_timeout": "soon"}, "vllm_shutdown_timeout"),
+    "a wrong type": ({"vllm_shutdown_timeout": "soon"}, "write a whole number"),
     "a version with a known hole": ({"vllm_version": "0.21.0"}, "CVE-2026-48746"),
     "a port that sshd has": ({"vllm_models": [{"name": "a", "source": "o/m", "port": 22}]}, "port is 22"),
     "a port twice": (
@@ -245,7 +245,8 @@ def test_run_cut_short_while_it_starts_a_model(host: Host) -> None:
 
 def test_remove_leaves_nothing(host: Host) -> None:
     support.apply("remove")
-    for path in ("/etc/vllm", "/opt/vllm", "/opt/uv", "/var/cache/vllm", "/etc/systemd/system/vllm@.service"):
+    units = ("/etc/systemd/system/vllm@.service", "/etc/systemd/system/nginx.service.d")
+    for path in ("/etc/vllm", "/opt/vllm", "/opt/uv", "/var/cache/vllm", *units):
         assert not host.file(path).exists, path
     assert host.file("/var/lib/vllm/models/tiny/config.json").exists, "models are kept unless it is asked for"
     assert not host.user("vllm").exists

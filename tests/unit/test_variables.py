@@ -12,8 +12,8 @@ import pytest
 import yaml
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.parsing.vault import VaultLib, VaultSecret
-from ansible_collections.llmfleet.serving.plugins.module_utils._inventory import declared_options
 from ansible_collections.llmfleet.serving.plugins.module_utils import _variables
+from ansible_collections.llmfleet.serving.plugins.module_utils._inventory import declared_options
 from hypothesis import given
 from hypothesis import strategies as st
 

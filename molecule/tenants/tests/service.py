@@ -88,6 +88,12 @@ def serving(gateway: Host) -> str:
     return next(port for port in ("4000", "4001") if gateway.run(f"systemctl is-enabled litellm@{port}").rc == 0)
 
 
+def running(gateway: Host) -> set[str]:
+    """The ports of all that run, though perhaps only to end what they have."""
+    units = "systemctl list-units --plain --no-legend --state=active 'litellm@*' | grep -o '@[0-9]*'"
+    return set(gateway.run(units).stdout.replace("@", "").split())
+
+
 @contextmanager
 def listening(gateway: Host, port: int) -> Iterator[Callable[[], str]]:
     """Something at this port of the gateway's loopback, and what tells all that it has been asked."""

@@ -16,7 +16,7 @@ import openai
 import pytest
 import support
 from openai import OpenAI
-from service import ask, key, serving
+from service import ask, key, running, serving
 from testinfra.host import Host
 
 NGINX_SITE = "/etc/nginx/sites-available/llmfleet.conf"
@@ -36,11 +36,6 @@ def secrets() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def chat(api: OpenAI) -> OpenAI:
     return api.with_options(api_key=key("apps", "chat"))
-
-
-def running(gateway: Host) -> set[str]:
-    units = "systemctl list-units --plain --no-legend --state=active 'litellm@*' | grep -o '@[0-9]*'"
-    return set(gateway.run(units).stdout.replace("@", "").split())
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import threading
 import time
 from collections import Counter
@@ -18,7 +19,7 @@ from service import BATCH_SECONDS, DECLARED, ask, counted, key, listening, servi
 from testinfra.host import Host
 
 TENANTS = DECLARED["vars"]["serving_tenants"]
-ALERTS = urlsplit(DECLARED["vars"]["litellm_alert_webhook_url"])
+ALERTS, SLACK = (urlsplit(DECLARED["vars"][f"litellm_alert_{kind}_url"]) for kind in ("webhook", "slack"))
 PRICE = 2e-6  # of a token that tiny says
 
 
@@ -77,7 +78,8 @@ def test_budget_comes_to_its_end(gateway: Host, api: OpenAI) -> None:
     poor = key("apps", "poor")
     with listening(gateway, int(ALERTS.port)) as told:
         support.wait_until(lambda: ask(api, poor, tokens=64) == 422, 300)
-        support.wait_until(lambda: "budget_crossed" in told(), 180)
+        slack = re.compile(rf"^POST {SLACK.path} .*Budget Crossed.*apps/poor", re.MULTILINE)
+        support.wait_until(lambda: "budget_crossed" in told() and slack.search(told()), 180)
         print(told())
         assert f"POST {ALERTS.path}" in told()
         assert "apps/poor" in told()

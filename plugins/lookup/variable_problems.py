@@ -46,7 +46,8 @@ class LookupModule(LookupBase):
     def run(self, terms, variables=None, **kwargs):
         options = declared_options()
         values = {}
-        for name in options.keys() & (variables or {}).keys():
+        # Of what is raw anything goes: no need to decrypt it.
+        for name in (name for name in options.keys() & (variables or {}).keys() if options[name]["type"] != "raw"):
             with contextlib.suppress(AnsibleError):
                 values[name] = self._templar.template(variables[name])
         return problems(values, options)

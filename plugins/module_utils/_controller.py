@@ -19,7 +19,7 @@ from ansible_collections.llmfleet.serving.plugins.module_utils._planner import r
 
 def model_problems(models: Sequence[Mapping[str, Any]], port: int, environment: Mapping[str, Any]) -> list[str]:
     problems = _models.model_problems(models, int(port), environment, lambda path: Path(path).is_file())
-    if any(model.get("copy") for model in models) and not shutil.which("rsync"):
+    if any(map(_models.is_copied, models)) and not shutil.which("rsync"):
         problems.append("vllm_models has a model with copy: true, but the controller has no rsync: install it there.")
     return problems
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ansible_collections.llmfleet.serving.plugins.module_utils._names import MAX_PORT
+from ansible_collections.llmfleet.serving.plugins.module_utils._values import listed
 
 PORTS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
 COMMENT = re.compile(r"[A-Za-z0-9 ._:/,@+-]{0,64}")
@@ -66,15 +67,6 @@ def _port(port: Any) -> tuple[str, str | None]:
     match = PORTS.fullmatch(str(port))
     assert match, port  # noqa: S101 - what `problems` has let pass
     return match[1], match[2]
-
-
-def listed(value: Any) -> list[Any]:
-    """A list as the role's specification takes it: one item alone, or a text with commas, is one as well."""
-    if value is None:
-        return []
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    return list(value) if isinstance(value, Sequence) else [value]
 
 
 def _entries(value: Any) -> list[dict[str, Any]]:

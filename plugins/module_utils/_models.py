@@ -14,6 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ansible_collections.llmfleet.serving.plugins.module_utils._names import MAX_PORT
+from ansible_collections.llmfleet.serving.plugins.module_utils._values import switch
 from packaging.version import InvalidVersion, Version
 
 MODELS_DIR = "/var/lib/vllm/models"
@@ -50,13 +51,17 @@ def is_folder(source: str) -> bool:
     return source.startswith("/")
 
 
+def is_copied(model: Mapping[str, Any]) -> bool:
+    return bool(switch(model.get("copy")))
+
+
 def model_path(model: Mapping[str, Any]) -> str:
     """Where the model's files lie on the engine host.
 
     A hub model has a folder per revision, so that another revision never overwrites files that are in use.
     """
     source = model["source"]
-    if model.get("copy"):
+    if is_copied(model):
         return f"{MODELS_DIR}/{model['name']}"
     if is_folder(source):
         return source
@@ -104,7 +109,7 @@ def instances(
                 "path": config["model"],
                 "hub": "" if is_folder(model["source"]) else model["source"],
                 "revision": model.get("revision") or "main",
-                "copy_from": model["source"] if model.get("copy") else "",
+                "copy_from": model["source"] if is_copied(model) else "",
                 "kind": "embedding" if config.get("runner") == "pooling" else "completion",
                 "config": config,
                 "plan": plan,
@@ -220,11 +225,11 @@ def _environment_problems(environment: Mapping[str, Any]) -> Iterator[str]:
 
 def _folder_problems(model: Mapping[str, Any], is_file: Callable[[str], bool]) -> Iterator[str]:
     source = model["source"]
-    if ".." in PurePosixPath(source).parts and not model.get("copy"):
+    if ".." in PurePosixPath(source).parts and not is_copied(model):
         yield f"source is {source!r}: give the folder's path without '..'."
     if model.get("revision"):
         yield f"revision is {model['revision']!r}, but source {source} is a folder: only a hub has revisions."
-    if model.get("copy"):
+    if is_copied(model):
         if not is_file(f"{source}/config.json"):
             yield f"source is {source}, but the controller has no {source}/config.json: name the model's folder."
     elif any(PurePosixPath(source).is_relative_to(hidden) for hidden in HIDDEN):
@@ -236,7 +241,7 @@ def _folder_problems(model: Mapping[str, Any], is_file: Callable[[str], bool]) -
 
 def _hub_problems(model: Mapping[str, Any]) -> Iterator[str]:
     source, revision = str(model.get("source", "")), str(model.get("revision") or "main")
-    if model.get("copy"):
+    if is_copied(model):
         yield f"copy is set, but source {source!r} is no absolute path: give that of a folder on the controller."
     elif not HUB_ID.fullmatch(source):
         yield f"source is {source!r}: give a hub id such as Qwen/Qwen3-8B, or the absolute path of a folder."

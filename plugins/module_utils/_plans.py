@@ -24,7 +24,7 @@ def lookups(models: Sequence[Mapping[str, Any]], endpoint: str, asker: str) -> l
     which have the same ``key`` then; a host's folders only the host itself.
     """
     found = [
-        _lookup(each, endpoint, asker, bool(model.get("copy")))
+        _lookup(each, endpoint, asker, _models.is_copied(model))
         for model in models
         for each in (model, *(model.get("variants") or ()))
     ]
@@ -82,7 +82,7 @@ def plan_request(
 
     wishes = []
     for model in models:
-        copied = bool(model.get("copy"))
+        copied = _models.is_copied(model)
         seen = {**environment, **(model.get("environment") or {})}.get("CUDA_VISIBLE_DEVICES")
         wish = {
             "name": model["name"],

@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from ansible_collections.llmfleet.serving.plugins.module_utils._litellm import normal, time_of
+from ansible_collections.llmfleet.serving.plugins.module_utils._values import switch
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 NAME_MAX = 64
@@ -27,7 +28,6 @@ LIMITS = {"rpm_limit": 10**7, "tpm_limit": 10**11, "max_parallel_requests": 10**
 BUDGET_MAX = 10**9
 METADATA_MAX = 8192
 OVERLAP_MAX = 366 * 86400
-SWITCH = {**dict.fromkeys(("true", "yes", "on", "1"), True), **dict.fromkeys(("false", "no", "off", "0"), False)}
 LIMIT_FIELDS = ("models", "max_budget", "budget_duration", *LIMITS, "metadata", "state")
 TEAM_FIELDS = ("team", "keys", *LIMIT_FIELDS)
 KEY_FIELDS = ("name", "key", *LIMIT_FIELDS)
@@ -55,7 +55,7 @@ def inventory_problems(
 ) -> list[str]:
     """Of serving_tenants with the variables that it hangs on. ``nginx_keys``: whether the inventory has any."""
     problems = [*tenant_problems(tenants, models), *overlap_problems("serving_tenants_overlap", overlap)]
-    wanted = SWITCH.get(str(prune).lower())
+    wanted = switch(prune)
     if wanted is None:
         problems.append(f"serving_tenants_prune is {_show(prune)}: write true or false.")
     elif wanted and tenants == []:

@@ -5,14 +5,13 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
-from decimal import Decimal, DecimalException
 from typing import Any
 
-from ansible_collections.llmfleet.serving.plugins.module_utils._firewall import listed
-from ansible_collections.llmfleet.serving.plugins.module_utils._tenants import SWITCH
+from ansible_collections.llmfleet.serving.plugins.module_utils._values import listed, switch
 
-LISTED = "firewall_"  # its lists may be one item alone, too
+LISTED = "firewall_"  # that role takes one item alone, or text with commas, for a list
 SHOWN = 40
 
 
@@ -41,7 +40,7 @@ def _problems(at: str, value: Any, option: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _field_problems(at: str, entry: Mapping[str, Any], options: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    where = at + (f" ({entry['name']})" if entry.get("name") else "")
+    where = at + (f" ({entry['name']})" if isinstance(entry.get("name"), str) else "")
     for name in sorted(map(str, entry.keys() - options.keys())):
         near = difflib.get_close_matches(name, options, n=1)
         remedy = f"do you mean {near[0]}?" if near else f"it has {', '.join(sorted(options))}."
@@ -60,20 +59,15 @@ def _fits(kind: str, value: Any) -> bool:
         return isinstance(value, Mapping)
     if value is None or isinstance(value, (list, tuple, Mapping)):
         return kind == "raw"
-    return _is_whole(value) if kind == "int" else kind != "bool" or str(value).lower() in SWITCH
-
-
-def _is_whole(value: Any) -> bool:
-    try:
-        number = Decimal(str(value))
-    except DecimalException:
-        return False
-    return number.is_finite() and number == number.to_integral_value()
+    if kind == "int":
+        return bool(re.fullmatch(r"\s*-?\d+\s*", str(value)))
+    return kind != "bool" or switch(value) is not None
 
 
 def _remedy(kind: str, option: Mapping[str, Any]) -> str:
-    if kind == "dict" and "options" in option:
-        return f"write it with its fields, which are {', '.join(option['options'])}"
+    if "options" in option:
+        fields = ", ".join(option["options"])
+        return f"write a list, each entry with fields of {fields}" if kind == "list" else f"write fields of {fields}"
     return {
         "int": "write a whole number",
         "bool": "write true or false",
@@ -87,7 +81,9 @@ def _shown(value: Any, option: Mapping[str, Any]) -> str:
         return "empty (null)"
     if isinstance(value, (list, tuple, Mapping)):
         return "a dictionary" if isinstance(value, Mapping) else "a list"
+    if isinstance(value, str) and (option.get("no_log") or option["type"] in ("list", "dict")):
+        return "text"  # of a secret, or with one in it
     if option.get("no_log"):
-        return "text" if isinstance(value, str) else "a number"
+        return "true or false" if isinstance(value, bool) else "a number"
     text = repr(str(value)) if isinstance(value, str) else str(value)
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."

@@ -79,7 +79,7 @@ missing_packages:
   type: list
   elements: str
 missing_programs:
-  description: The asked programs that are not there, are no file, or are not executable.
+  description: The asked programs that are not there, are no file, or that not everybody may run.
   returned: always
   type: list
   elements: str
@@ -163,6 +163,7 @@ redis:
 import hashlib
 import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -211,8 +212,12 @@ def link(path: Path) -> str:
         return ""
 
 
-def is_program(path: str) -> bool:
-    return Path(path).is_file() and os.access(path, os.X_OK)
+def is_program(path: Path) -> bool:
+    """Whether everybody may run it: root may look into each folder, and LiteLLM's user may not."""
+    try:
+        return path.is_file() and all(place.stat().st_mode & stat.S_IXOTH for place in (path, *path.parents))
+    except OSError:
+        return False
 
 
 def instance(unit: Unit, folder: Path) -> dict[str, Any]:
@@ -268,7 +273,7 @@ def main() -> None:
         memory_bytes=memory_bytes(PROC),
         free_bytes=free_bytes(root),
         missing_packages=missing_packages(module, asked["packages"]) if asked["packages"] else [],
-        missing_programs=[path for path in asked["programs"] if not is_program(path)],
+        missing_programs=[path for path in asked["programs"] if not is_program(Path(path))],
         package_lists=has_package_lists(APT_LISTS),
         taken_ports=taken_ports(asked["ports"], is_litellm, PROC),
         environments={path.name: (path / "recipe.txt").exists() for path in environments(root)},

@@ -174,6 +174,9 @@ def test_programs_that_are_missing_are_told(host: Host) -> None:
     (host.bin / "dangling").symlink_to("nowhere")
     asked = [str(host.bin / name) for name in ("there", "closed", "folder", "dangling", "none", "there/below")]
     assert host.look(programs=asked)["missing_programs"] == asked[1:]
+    host.bin.chmod(0o700)
+    assert host.look(programs=asked)["missing_programs"] == asked
+    host.bin.chmod(0o755)
 
 
 def test_no_secret_is_said(host: Host) -> None:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ def problems(**values: Any) -> list[str]:
         ("litellm_workers", "", "litellm_workers is '': write a whole number."),
         ("litellm_workers", 1.5, "litellm_workers is 1.5: write a whole number."),
         ("litellm_workers", True, "litellm_workers is True: write a whole number."),
+        ("litellm_workers", "4.0", "litellm_workers is '4.0': write a whole number."),
+        ("vllm_port", "8e3", "vllm_port is '8e3': write a whole number."),
+        ("nginx_requests_per_second", 5.0, "nginx_requests_per_second is 5.0: write a whole number."),
         ("litellm_workers", "nan", "litellm_workers is 'nan': write a whole number."),
         ("litellm_workers", [4], "litellm_workers is a list: write a whole number."),
         ("litellm_workers", None, "litellm_workers is empty (null): write a whole number, or take it out."),
@@ -39,14 +43,14 @@ def problems(**values: Any) -> list[str]:
         ("litellm_admin_ui", "perhaps", "litellm_admin_ui is 'perhaps': write true or false."),
         ("serving_backup_timer", "y", "serving_backup_timer is 'y': write true or false."),  # which | bool takes for no
         ("litellm_ports", 4000, "litellm_ports is 4000: write a list, as [a, b]."),
-        ("litellm_ports", "4000,4001", "litellm_ports is '4000,4001': write a list, as [a, b]."),
+        ("litellm_ports", "4000,4001", "litellm_ports is text: write a list, as [a, b]."),
         ("litellm_ports", [4000, "b"], "litellm_ports[1] is 'b': write a whole number."),
         ("litellm_prices", [1], "litellm_prices is a list: write names with values, as {a: b}."),
-        ("litellm_prices", "qwen=1", "litellm_prices is 'qwen=1': write names with values, as {a: b}."),
+        ("litellm_prices", "qwen=1", "litellm_prices is text: write names with values, as {a: b}."),
         ("litellm_version", ["1.0"], "litellm_version is a list: write text."),
         ("vllm_platform", "rocm", "vllm_platform is 'rocm': use cuda or cpu."),
-        ("vllm_models", "qwen", "vllm_models is 'qwen': write a list, as [a, b]."),
-        ("vllm_models", ["qwen"], "vllm_models[0] is 'qwen': write it with its fields, which are name, source, copy, "),
+        ("vllm_models", "qwen", "vllm_models is text: write a list, each entry with fields of name, source, copy, "),
+        ("vllm_models", ["qwen"], "vllm_models[0] is text: write fields of name, source, copy, "),
     ],
 )
 def test_value_of_another_type_is_told_with_the_remedy(name: str, value: Any, says: str) -> None:
@@ -68,7 +72,7 @@ MODEL = {"name": "a", "source": "/a"}
         ({**MODEL, "zzzz": 5}, "vllm_models[0] (a) has zzzz, which is no field of it: it has context, copy, "),
         ({"source": "/a"}, "vllm_models[0] has no name: name is required."),
         ({**MODEL, "users": "many"}, "vllm_models[0] (a).users is 'many': write a whole number."),
-        ({**MODEL, "flags": "x"}, "vllm_models[0] (a).flags is 'x': write names with values, as {a: b}."),
+        ({**MODEL, "flags": "x"}, "vllm_models[0] (a).flags is text: write names with values, as {a: b}."),
         (
             {**MODEL, "variants": [{"sorce": "b", "source": "c"}]},
             "vllm_models[0] (a).variants[0] has sorce, which is no field of it: do you mean source?",
@@ -83,7 +87,7 @@ def test_wrong_fields_are_told_with_their_entry(model: dict[str, Any], says: str
 @pytest.mark.parametrize(
     "values",
     [
-        {"litellm_workers": "4", "litellm_retries": " 2 ", "litellm_required_free_bytes": 3.0e9},
+        {"litellm_workers": "4", "litellm_retries": " 2 ", "litellm_required_free_bytes": 3000000000},
         {"litellm_admin_ui": "yes", "firewall_enabled": "False", "vllm_plan": 0, "nginx_forward_key": "On"},
         {"litellm_ports": ["4000", 4001], "litellm_version": 1.9, "nginx_server_aliases": []},
         {"vllm_models": [{**MODEL, "users": "4", "context": 8192, "copy": "yes", "flags": {}, "revision": None}]},
@@ -99,11 +103,27 @@ def test_what_a_role_takes_is_not_told(values: dict[str, Any]) -> None:
 
 def test_defaults_and_inventories_are_of_their_types() -> None:
     files = [*ROOT.glob("roles/*/defaults/main.yml"), *ROOT.glob("inventories/*/group_vars/**/*.yml")]
-    assert len(files) > 8
-    for file in files:
-        values = yaml.safe_load(file.read_text())
-        plain = {name: value for name, value in values.items() if name in OPTIONS and "{" not in str(value)}
-        assert problems(**plain) == [], file
+    inventories = [*ROOT.glob("inventories/*/hosts.yml"), *ROOT.glob("molecule/*/inventory/hosts.yml")]
+    assert (len(files) > 8, len(inventories) > 6) == (True, True)
+    found = [yaml.safe_load(file.read_text()) for file in files]
+    found += [values for file in inventories for values in variables(yaml.safe_load(file.read_text()))]
+    looked_at = set()
+    for values in found:
+        plain = {name: value for name, value in values.items() if name in OPTIONS and "{{" not in str(value)}
+        assert problems(**plain) == []
+        looked_at |= set(plain)
+    assert {"vllm_models", "litellm_prices", "litellm_environment", "certbot_dns_credentials"} <= looked_at
+
+
+def variables(entry: Any) -> Iterator[dict[str, Any]]:
+    """All that an inventory sets, of groups and of hosts."""
+    for name, value in entry.items() if isinstance(entry, dict) else ():
+        if name == "vars":
+            yield value
+        elif name == "hosts":
+            yield from (own for own in value.values() if own)
+        else:
+            yield from variables(value)
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
@@ -128,7 +148,17 @@ def secret_options(options: dict[str, Any], at: str = "") -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", secret_options(OPTIONS))
+@pytest.mark.parametrize(
+    "value", ["https://user:hush@example.org/x.whl", {"name": {"key": "hush"}}, [{"name": ["hush"]}]]
+)
+@pytest.mark.parametrize("name", ["vllm_extra_packages", "litellm_config", "nginx_keys", "vllm_models"])
+def test_what_is_mistyped_may_have_a_secret_in_it(name: str, value: Any) -> None:
+    assert "hush" not in str(problems(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in secret_options(OPTIONS) if OPTIONS[name.partition(".")[0]]["type"] != "raw"]
+)
 @pytest.mark.parametrize("value", ["hush", 4711, ["hush"], {"hush": "hush"}, [["hush"]], [4711], {"a": ["hush"]}])
 def test_no_secret_is_told(name: str, value: Any) -> None:
     variable, _, field = name.partition(".")

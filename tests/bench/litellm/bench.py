@@ -170,6 +170,8 @@ def instance(port: int, settings: Settings) -> None:
     for _ in range(300):
         with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health/readiness"):
             return
+        if subprocess.run(["systemctl", "--quiet", "is-active", f"litellm@{port}"], check=False).returncode:
+            break
         time.sleep(1)
     sys.exit(run("journalctl", "--no-pager", "-n50", "-u", f"litellm@{port}"))
 
@@ -403,6 +405,11 @@ def without_database(settings: Settings) -> None:
     settings.key = "master"
 
 
+def without_redis(settings: Settings) -> None:
+    for name in ("coordination_redis", "use_redis_transaction_buffer"):
+        del settings.config["general_settings"][name]
+
+
 def gunicorn(settings: Settings) -> None:
     port = re.search(r"--port (\S+)", settings.start)[1]
     python = settings.start.split("/uvicorn")[0]
@@ -441,7 +448,7 @@ SETTINGS: dict[str, Callable[[Settings], Any]] = {
     "idle connections kept 60 s": environment(AIOHTTP_KEEPALIVE_TIMEOUT="60"),
     "spend written each 60 s": config("general_settings", proxy_batch_write_at=60),
     "no row for each request": config("general_settings", disable_spend_logs=True),
-    "no Redis": lambda settings: settings.config["general_settings"].pop("coordination_redis"),
+    "no Redis": without_redis,
     "no database, master key": without_database,
     "master key": key("master"),
     "key without limits": key("plain"),

@@ -213,9 +213,9 @@ def link(path: Path) -> str:
 
 
 def is_program(path: Path) -> bool:
-    """Whether everybody may run it: root may look into each folder, and LiteLLM's user may not."""
+    """Whether everybody may run it. LiteLLM's user has to, and may not look into each folder as root does."""
     try:
-        return path.is_file() and all(place.stat().st_mode & stat.S_IXOTH for place in (path, *path.parents))
+        return path.is_file() and all(place.stat().st_mode & stat.S_IXOTH for place in (path, path.parent))
     except OSError:
         return False
 

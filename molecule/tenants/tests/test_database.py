@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -273,9 +274,10 @@ def test_a_full_disk_stops_no_client_and_loses_no_spend(gateway: Host, small_dis
     before = settled(lambda: spend(gateway, user))
 
     def in_use() -> None:
-        """For LiteLLM forgets within a minute a key that is not, and has to look it up."""
-        while not ended.wait(2):
-            answers[ask(api, key("apps", "chat"))] += 1
+        """By several at once, which meet both workers: each forgets within a minute a key that it does not meet."""
+        with ThreadPoolExecutor(4) as pool:
+            while not ended.wait(2):
+                answers.update(pool.map(lambda _: ask(api, key("apps", "chat")), range(4)))
 
     def answering() -> bool:
         return gateway.run("su - postgres -c 'psql -c \"SELECT 1\"'").rc == 0
@@ -287,6 +289,7 @@ def test_a_full_disk_stops_no_client_and_loses_no_spend(gateway: Host, small_dis
         client = threading.Thread(target=in_use)
         client.start()
         try:
+            support.wait_until(lambda: answers.total() >= 12, 120)
             sql(gateway, "CHECKPOINT")  # none that frees segments while the disk is filled
             gateway.check_output(f"fallocate -l $(df -B1 --output=avail {small_disk} | tail -1) {small_disk}/filler")
             fill = "psql -Xqc \"SELECT pg_logical_emit_message(false, '', ''), pg_switch_wal()\""

@@ -201,7 +201,7 @@ def deployments(
                 "api_base": f"http://{server}/v1",
                 "api_key": "os.environ/LITELLM_BACKEND_KEY",
                 **{
-                    f"{what}_cost_per_token": prices.get(model["model"], {}).get(what, 0) / MILLION
+                    f"{what}_cost_per_token": float(prices.get(model["model"], {}).get(what, 0)) / MILLION
                     for what in ("input", "output")
                 },
             },
@@ -352,11 +352,20 @@ def _prices(settings: Mapping[str, Any]) -> Iterator[str]:
         for what, price in prices.items():
             if what not in ("input", "output"):
                 yield f"litellm_prices has {what!r} for {model!r}: give input and output, per million tokens."
-            elif isinstance(price, bool) or not isinstance(price, (int, float)) or not 0 <= price < float("inf"):
-                yield f"litellm_prices has {price!r} as the {what} of {model!r}: give a number, per million tokens."
+            elif not _is_price(price):
+                shown = "nothing" if price is None else repr(price)
+                yield f"litellm_prices has {shown} as the {what} of {model!r}: give 0 or more, per million tokens."
         for what in ("input",) if kinds.get(model) == "embedding" else ("input", "output"):
             if what not in prices:
                 yield f"litellm_prices has no {what} for {model!r}, which would be free: give it, or 0 to mean it."
+
+
+def _is_price(value: Any) -> bool:
+    """Ansible's templates make text of numbers."""
+    try:
+        return not isinstance(value, bool) and 0 <= float(value) < float("inf")
+    except (TypeError, ValueError):
+        return False
 
 
 def _drained(settings: Mapping[str, Any]) -> Iterator[str]:

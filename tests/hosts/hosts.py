@@ -584,6 +584,10 @@ class HostSet:
             tree.rename(new)  # half a tree must not be called "root"
             remove(new)
 
+    def is_of(self, checkout: Path) -> bool:
+        """Whether it is not known to be of another: a set has folders of the checkout that has made it."""
+        return not self.binds or any(Path(bind.partition(":")[0]).is_relative_to(checkout) for bind in self.binds)
+
     def destroy(self) -> None:
         """Remove every trace of the set, however little or much of it there is."""
         self.end("*")
@@ -659,6 +663,7 @@ def parser() -> argparse.ArgumentParser:
     command("stop", "Shut hosts down (default: all).").add_argument("hosts", nargs="*", metavar="HOST")
     destroy = command("destroy", "Remove the set with everything that belongs to it, or the trees of some hosts.")
     destroy.add_argument("hosts", nargs="*", metavar="HOST")
+    destroy.add_argument("--of", type=Path, metavar="CHECKOUT", help="leave it where another checkout has made it")
     command("list", "Show every set.")
     ssh = command("ssh", "Run a command, or a shell, on a host.")
     ssh.add_argument("host", metavar="HOST")
@@ -684,7 +689,9 @@ def ssh_config(hosts: HostSet) -> Path:
 
 def change(args: argparse.Namespace, hosts: HostSet) -> None:
     """The commands that change a set; its lock is held."""
-    if args.command == "destroy" and not args.hosts:
+    if args.command == "destroy" and args.of and not hosts.is_of(args.of.resolve()):
+        say(f"set {hosts.name}: left, for another checkout has made it")
+    elif args.command == "destroy" and not args.hosts:
         hosts.destroy()
     elif args.command == "up":
         binds = [parse_bind(spec) for spec in args.bind] + find_links()

@@ -209,3 +209,12 @@ def test_a_bind_keeps_its_place_or_gets_another(tmp_path: Path) -> None:
 def test_pip_folders_of_wheels_are_local_ones_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_FIND_LINKS", f"https://wheels.example/ {tmp_path} {tmp_path}/nowhere")
     assert hosts.find_links() == [f"{tmp_path}:{tmp_path}"]
+
+
+def test_a_set_is_of_the_checkout_whose_folders_it_has(tmp_path: Path) -> None:
+    def made(*binds: str) -> bool:
+        return hosts.HostSet("m-tls", tmp_path, tmp_path, binds=list(binds)).is_of(Path("/srv/mine"))
+
+    assert made("/srv/mine/tests/cpu:/opt/demo", "/opt/wheels:/opt/wheels")
+    assert not made("/srv/mine2/tests/cpu:/opt/demo", "/opt/wheels:/opt/wheels")
+    assert made()  # nothing is known of what is left of it

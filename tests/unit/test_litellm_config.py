@@ -379,6 +379,12 @@ def test_nothing_is_wrong() -> None:
     assert problems() == []
     assert problems(gateways=2, litellm_database_url=REMOTE, litellm_redis_url="rediss://:x@redis:6379") == []
     assert problems(litellm_prices={"embed": {"input": 0.02}}) == []
+
+
+def test_prices_may_be_text() -> None:
+    text = {"qwen": {"input": "0.15", "output": "0.6"}}
+    assert problems(litellm_prices=text) == []
+    assert config(litellm_prices=text) == config(litellm_prices={"qwen": {"input": 0.15, "output": 0.6}})
     assert problems(litellm_redis_url="unix:///run/redis.sock", litellm_fallbacks={"qwen": ["embed"]}) == []
     for url in ("redis://localhost", "redis://[::1]:6380/1", "rediss://me:p%40ss@redis:6379/0?ssl_cert_reqs=none"):
         assert problems(litellm_redis_url=url) == []
@@ -395,7 +401,9 @@ def test_nothing_is_wrong() -> None:
         ({"litellm_models": [{"model": "a", "servers": ["h:1"]}] * 2, "litellm_prices": {}}, ["twice"]),
         ({"litellm_prices": {"qwen": {"input": -1, "output": 1}}}, ["input", "-1"]),
         ({"litellm_prices": {"qwen": {"input": True, "output": 1}}}, ["True"]),
-        ({"litellm_prices": {"qwen": {"input": 1, "output": "0.5"}}}, ["'0.5'"]),
+        ({"litellm_prices": {"qwen": {"input": 1, "output": "cheap"}}}, ["'cheap'", "give 0 or more"]),
+        ({"litellm_prices": {"qwen": {"input": 1, "output": None}}}, ["nothing as the output"]),
+        ({"litellm_prices": {"qwen": {"input": 1, "output": "nan"}}}, ["'nan'"]),
         ({"litellm_prices": {"qwen": {"input": 1, "output": 1, "cached": 1}}}, ["cached"]),
         ({"litellm_prices": {"qwen": {"input": 1}}}, ["no output for 'qwen'", "free"]),
         ({"litellm_prices": {"qwen": {"output": 1}}}, ["no input for 'qwen'", "free"]),

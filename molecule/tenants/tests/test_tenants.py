@@ -106,7 +106,8 @@ def test_limits_hold_across_workers(api: OpenAI) -> None:
 def test_database_that_is_away(gateway: Host, api: OpenAI) -> None:
     """Keys that were in use go on, and nothing that they spend is lost."""
     used, before = key("apps", "chat"), settled(lambda: spend(gateway, "apps/chat"))
-    assert [ask(api, used) for _ in range(8)] == [200] * 8  # both workers know the key, for a minute
+    with ThreadPoolExecutor(8) as pool:  # so that both workers know the key, for a minute
+        assert set(pool.map(lambda _: ask(api, used), range(16))) == {200}
     gateway.check_output("systemctl stop 'postgresql@*'")
     try:
         answers = Counter(ask(api, used) for _ in range(10))
@@ -116,7 +117,7 @@ def test_database_that_is_away(gateway: Host, api: OpenAI) -> None:
     print("while PostgreSQL was away:", dict(answers))
     assert answers[200] == 10
     assert ask(api, used) == 200
-    support.wait_until(lambda: spend(gateway, "apps/chat") >= before + (8 + 10 + 1) * 8 * PRICE, 18 * BATCH_SECONDS)
+    support.wait_until(lambda: spend(gateway, "apps/chat") >= before + (16 + 10 + 1) * 8 * PRICE, 18 * BATCH_SECONDS)
 
 
 def test_litellm_that_is_killed_comes_back(gateway: Host, api: OpenAI) -> None:

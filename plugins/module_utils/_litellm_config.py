@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from ansible_collections.llmfleet.serving.plugins.module_utils._values import amount
 from packaging.version import InvalidVersion, Version
 
 MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
@@ -352,20 +353,12 @@ def _prices(settings: Mapping[str, Any]) -> Iterator[str]:
         for what, price in prices.items():
             if what not in ("input", "output"):
                 yield f"litellm_prices has {what!r} for {model!r}: give input and output, per million tokens."
-            elif not _is_price(price):
+            elif (cost := amount(price)) is None or not 0 <= cost < float("inf"):
                 shown = "nothing" if price is None else repr(price)
                 yield f"litellm_prices has {shown} as the {what} of {model!r}: give 0 or more, per million tokens."
         for what in ("input",) if kinds.get(model) == "embedding" else ("input", "output"):
             if what not in prices:
                 yield f"litellm_prices has no {what} for {model!r}, which would be free: give it, or 0 to mean it."
-
-
-def _is_price(value: Any) -> bool:
-    """Ansible's templates make text of numbers."""
-    try:
-        return not isinstance(value, bool) and 0 <= float(value) < float("inf")
-    except (TypeError, ValueError):
-        return False
 
 
 def _drained(settings: Mapping[str, Any]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from ansible_collections.llmfleet.serving.plugins.module_utils._litellm import normal, time_of
-from ansible_collections.llmfleet.serving.plugins.module_utils._values import switch
+from ansible_collections.llmfleet.serving.plugins.module_utils._values import amount, switch
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 NAME_MAX = 64
@@ -178,7 +178,7 @@ def limit_problems(
 
 
 def overlap_problems(name: str, value: Any) -> Iterator[str]:
-    seconds = _amount(value)
+    seconds = amount(value)
     if seconds is None or not 0 <= seconds <= OVERLAP_MAX or seconds != int(seconds):
         yield f"{name} is {_show(value)}: use 0 to {OVERLAP_MAX} seconds."
 
@@ -258,7 +258,7 @@ def _metadata_problems(where: str, metadata: Any) -> Iterator[str]:
 
 
 def _against_team(where: str, key: Mapping[str, Any], team: Mapping[str, Any]) -> Iterator[str]:
-    budget, most = _amount(key.get("max_budget")), _amount(team.get("max_budget"))
+    budget, most = amount(key.get("max_budget")), amount(team.get("max_budget"))
     if budget is not None and most is not None and budget > most and _period(key) <= _period(team):
         yield (
             f"{where}: max_budget is {_show(key['max_budget'])}, and the team's is {_show(team['max_budget'])}, "
@@ -296,13 +296,6 @@ def _unpriced(tenants: Sequence[Any], models: Sequence[str] | None, prices: Mapp
                     f"{place}: max_budget is {_show(entry['max_budget'])}, and {', '.join(free)} {verb} no price in "
                     f"litellm_prices: give {what} one, or {{input: 0, output: 0}} if it is free."
                 )
-
-
-def _amount(value: Any) -> float | None:
-    try:
-        return None if isinstance(value, bool) or value is None else float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
 
 
 def _period(entry: Mapping[str, Any]) -> float:

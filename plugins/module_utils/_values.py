@@ -15,6 +15,14 @@ def switch(value: Any) -> bool | None:
     return SWITCH.get(str(value).lower())
 
 
+def amount(value: Any) -> float | None:
+    """As a number, which Ansible's templates may have made text of; nothing where it is none."""
+    try:
+        return None if isinstance(value, bool) or value is None else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
 def listed(value: Any) -> list[Any]:
     """A list as Ansible takes it for a module: one item alone, or a text with commas, is one as well."""
     if value is None:
